@@ -1,0 +1,40 @@
+"""The packed-expert format: bit layout, words, slots, names and the schema of `quantization_config`.
+
+Torch and pydantic only; `docs/format.md` is its specification in prose.
+"""
+
+from .layout import WORD16, FormatError, WordLayout, word_layout
+from .names import PACKED_SUFFIX, check_packed_names, layer_index, packed_name, parse_packed_name
+from .schema import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    Calibration,
+    Provenance,
+    PuzzleMoEQuantizationConfig,
+)
+from .slots import LayerSlots, default_max_expert_parallel
+from .words import find_invalid_word, nearest_magnitude, pack, pack_single, unpack
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PACKED_SUFFIX",
+    "QUANT_METHOD",
+    "WORD16",
+    "Calibration",
+    "FormatError",
+    "LayerSlots",
+    "Provenance",
+    "PuzzleMoEQuantizationConfig",
+    "WordLayout",
+    "check_packed_names",
+    "default_max_expert_parallel",
+    "find_invalid_word",
+    "layer_index",
+    "nearest_magnitude",
+    "pack",
+    "pack_single",
+    "packed_name",
+    "parse_packed_name",
+    "unpack",
+    "word_layout",
+]

@@ -1,0 +1,110 @@
+"""Packing magnitudes, masks and signs into words, and reading one member's BF16 weights back."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .layout import WORD16, FormatError, WordLayout
+
+
+def nearest_magnitude(magnitude: torch.Tensor, layout: WordLayout = WORD16, name: str = "tensor") -> torch.Tensor:
+    """The storable magnitude nearest to each of `magnitude`.
+
+    Args:
+        magnitude: any shape, floating; its sign is ignored.
+        name: what the error message calls the tensor.
+
+    Returns:
+        bfloat16, the same shape, each element 0 or in [layout.smallest, layout.largest]. What lies between 0 and
+        `layout.smallest` goes to the nearer of the two, the middle upwards.
+
+    Raises:
+        FormatError: an element is NaN, infinite or larger than `layout.largest`; names tensor and index.
+    """
+    rounded = magnitude.abs().to(torch.bfloat16)
+    # Written so that NaN, which compares false with everything, is refused as well.
+    refused = ~(rounded <= layout.largest)
+    if refused.any():
+        index = tuple(refused.nonzero()[0].tolist())
+        raise FormatError(
+            f"{name}{list(index)} is {magnitude[index].item()}: a packed word holds finite magnitudes up to "
+            f"{layout.largest:g} only ({int(refused.sum())} of {refused.numel()} elements are beyond it); "
+            f"repair the tensor or leave this checkpoint unpacked"
+        )
+    small = rounded < layout.smallest
+    raised = torch.where(rounded >= layout.smallest / 2, layout.smallest, 0.0).to(torch.bfloat16)
+    return torch.where(small, raised, rounded)
+
+
+def pack(
+    magnitude: torch.Tensor,
+    masks: Sequence[torch.Tensor],
+    signs: Sequence[torch.Tensor],
+    layout: WordLayout = WORD16,
+    name: str = "tensor",
+) -> torch.Tensor:
+    """Packs one shared magnitude with the masks and signs of one or two members.
+
+    Args:
+        magnitude: any shape, floating, not negative; rounded to the nearest storable magnitude.
+        masks: one or two bool tensors of that shape: whether the member has this weight at all.
+        signs: as many bool tensors of that shape: whether the member's weight is negative.
+        name: what the error message calls the tensor.
+
+    Returns:
+        `layout.dtype`, the shape of `magnitude`. Where no member has the weight, or the magnitude is zero, the word
+        is zero; a sign is stored only where its mask is, so that no decoder has to clear it.
+
+    Raises:
+        FormatError: a magnitude that cannot be stored.
+    """
+    stored = nearest_magnitude(magnitude, layout, name)
+    bits = stored.view(torch.int16).to(torch.int32) - layout.rebias
+    nonzero = stored != 0
+    flags = torch.zeros_like(bits)
+    for member, (mask, sign) in enumerate(zip(masks, signs, strict=True)):
+        held = mask & nonzero
+        flags |= held.to(torch.int32) << layout.mask_bits[member]
+        flags |= (held & sign).to(torch.int32) << layout.sign_bits[member]
+    return torch.where(flags != 0, flags | bits, 0).to(layout.dtype)
+
+
+def pack_single(weight: torch.Tensor, layout: WordLayout = WORD16, name: str = "tensor") -> torch.Tensor:
+    """Packs the weights of a slot that holds one expert, as its member 0; see `pack`."""
+    return pack(weight, [torch.ones_like(weight, dtype=torch.bool)], [torch.signbit(weight)], layout, name)
+
+
+def unpack(words: torch.Tensor, member: int, layout: WordLayout = WORD16) -> torch.Tensor:
+    """The weights of one member.
+
+    Args:
+        words: any shape, `layout.dtype`.
+        member: 0 or 1.
+
+    Returns:
+        bfloat16, the same shape: `M ? (S << 15 | (w & magnitude_mask) + rebias) : 0` read as BF16 bits.
+    """
+    top = layout.bits - 1
+    sign = (words << (top - layout.sign_bits[member])) & -(1 << top)
+    # The arithmetic shift spreads the mask bit over the whole word.
+    keep = (words << (top - layout.mask_bits[member])) >> top
+    return ((sign | ((words & layout.magnitude_mask) + layout.rebias)) & keep).view(torch.bfloat16)
+
+
+def find_invalid_word(words: torch.Tensor, layout: WordLayout = WORD16) -> tuple[int, ...] | None:
+    """The index of the first word that `pack` never writes, or None.
+
+    Such a word has exponent field 0 without being zero, a sign without its mask, or a magnitude without a member.
+    """
+    wide = words.to(torch.int32)
+    held = torch.zeros_like(wide, dtype=torch.bool)
+    invalid = torch.zeros_like(held)
+    for sign_bit, mask_bit in zip(layout.sign_bits, layout.mask_bits, strict=True):
+        mask = (wide >> mask_bit) & 1
+        held |= mask.bool()
+        invalid |= (((wide >> sign_bit) & 1) > mask).bool()
+    exponent = (wide & layout.magnitude_mask) >> layout.mantissa_bits
+    invalid |= (wide != 0) & (~held | (exponent == 0))
+    if not invalid.any():
+        return None
+    return tuple(invalid.nonzero()[0].tolist())
