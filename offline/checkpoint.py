@@ -1,0 +1,179 @@
+"""Reading a safetensors checkpoint: its config, its headers, and tensors one at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+from .errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+FLOATING_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of a tensor; `dtype` in safetensors' own spelling, e.g. `BF16`."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class Checkpoint:
+    """A checkpoint directory whose every header has been read and held against its index.
+
+    Raises:
+        CheckpointError: no directory, no config.json, no safetensors, a shard that is missing, truncated or escapes
+            the directory, or a tensor that the index and the shards disagree about.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a directory; give the folder that holds config.json and safetensors")
+        self.raw_config: dict[str, Any] = _read_json(path / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        weight_map = self._read_weight_map()
+        for shard in sorted(set(weight_map.values())):
+            self._read_header(shard, {name for name, where in weight_map.items() if where == shard})
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """config.json as transformers reads it, so with the defaults that it leaves out; runs no remote code."""
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"transformers cannot read {self.path / 'config.json'}: {reason}") from None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, copied out of their shards; raises CheckpointError where one cannot be read."""
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(name)
+        tensors = {}
+        for shard, wanted in by_shard.items():
+            with _open(self.path / shard) as file:
+                for name in wanted:
+                    try:
+                        tensors[name] = file.get_tensor(name)
+                    except (SafetensorError, OSError) as error:
+                        raise CheckpointError(f"{self.path / shard}: {name} cannot be read ({error})") from None
+        return tensors
+
+    def other_files(self) -> list[Path]:
+        """The files that travel along unchanged: tokenizer, generation config, chat template, licence."""
+        ours = {"config.json", INDEX_FILE, "README.md"}
+        kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
+        return sorted(
+            file
+            for file in self.path.iterdir()
+            if file.is_file()
+            and file.name not in ours
+            and not file.name.startswith(".")
+            and (file.suffix in kinds or file.name.upper().startswith(("LICENSE", "NOTICE")))
+        )
+
+    def _read_weight_map(self) -> dict[str, str]:
+        index = self.path / INDEX_FILE
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise CheckpointError(f"{index} has no usable `weight_map`; download the checkpoint again")
+            for shard in set(weight_map.values()):
+                if Path(shard).name != shard:
+                    raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
+            return weight_map
+        single = self.path / SINGLE_FILE
+        if not single.is_file():
+            raise CheckpointError(
+                f"{self.path} holds neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors checkpoints are read"
+            )
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+    def _read_header(self, shard: str, expected: set[str]) -> None:
+        path = self.path / shard
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing, {len(expected)} tensors of {INDEX_FILE} are in it; download the checkpoint again"
+            )
+        with _open(path) as file:
+            present = set(file.keys())
+            if present != expected:
+                name = min(present ^ expected)
+                where = "not in the file" if name in expected else f"not in {INDEX_FILE}"
+                raise CheckpointError(f"{path}: tensor {name} is {where}; download the checkpoint again")
+            for name in present:
+                view = file.get_slice(name)
+                shape = tuple(view.get_shape())
+                dtype = view.get_dtype()
+                self.tensors[name] = TensorInfo(shard, dtype, shape, _num_bytes(dtype, shape))
+
+
+class SourceHash:
+    """A hash of tensors by name, dtype, shape and content, whatever order and shards they are read in."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        content = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+        self._lines.append(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {content}\n")
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("".join(sorted(self._lines)).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__} where an object is expected")
+    return content
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
+        ) from None
+
+
+def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    bits = {
+        "F64": 64,
+        "I64": 64,
+        "U64": 64,
+        "F32": 32,
+        "I32": 32,
+        "U32": 32,
+        "BF16": 16,
+        "F16": 16,
+        "I16": 16,
+        "U16": 16,
+    }
+    count = 1
+    for size in shape:
+        count *= size
+    return count * bits.get(dtype, 8) // 8

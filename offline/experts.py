@@ -1,0 +1,48 @@
+"""Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
+
+from collections.abc import Mapping
+
+from .checkpoint import FLOATING_DTYPES, Checkpoint, TensorInfo
+from .errors import CheckpointError
+from .families import MoEShape
+
+
+def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
+    """The name and shape of every expert matrix that the config promises."""
+    return {
+        shape.expert_name(layer, expert, projection): shape.projection_shape(projection)
+        for layer in shape.moe_layers
+        for expert in range(shape.num_experts)
+        for projection in shape.family.projections
+    }
+
+
+def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
+    """Raises CheckpointError for the first expert tensor that is missing, misshapen, unexpected or of a wrong dtype."""
+    expected = expected_experts(shape)
+    for name, size in expected.items():
+        _check_tensor(checkpoint, checkpoint.tensors, name, size)
+    for name in checkpoint.tensors:
+        if name not in expected and ".experts." in name:
+            raise CheckpointError(
+                f"{checkpoint.path}: nothing is known of expert tensor {name}; {shape.family.architecture} experts are "
+                f"2-D tensors named like {next(iter(expected))}"
+            )
+
+
+def _check_tensor(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], name: str, size: tuple[int, int]) -> None:
+    info = tensors.get(name)
+    if info is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: expert tensor {name} is missing, though config.json implies it; "
+            f"download the checkpoint again"
+        )
+    if info.shape != size:
+        raise CheckpointError(
+            f"{checkpoint.path / info.shard}: {name} has shape {list(info.shape)}, config.json implies {list(size)}"
+        )
+    if info.dtype not in FLOATING_DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.path / info.shard}: {name} is {info.dtype}; experts must be one of {list(FLOATING_DTYPES)}, "
+            f"so dequantize the checkpoint first"
+        )

@@ -1,0 +1,64 @@
+"""A packed checkpoint as the offline tools read it: its schema, and that its tensors are those the schema implies."""
+
+from pathlib import Path
+
+from vllm_puzzle.format import (
+    QUANT_METHOD,
+    FormatError,
+    PuzzleMoEQuantizationConfig,
+    check_packed_names,
+    parse_packed_name,
+    word_layout,
+)
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError
+from .families import MoEShape, find_moe_shape
+
+# safetensors' spelling of the word types.
+_WORD_DTYPES = {16: "I16"}
+
+
+class PackedCheckpoint:
+    """A checkpoint with `quant_method: puzzlemoe`.
+
+    Raises:
+        CheckpointError: it is not packed, breaks the schema, or a packed tensor is missing, misshapen or unexpected.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.checkpoint = Checkpoint(path)
+        raw = self.checkpoint.raw_config.get("quantization_config", {})
+        where = path / "config.json"
+        if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(f"{where} has no quantization_config of quant_method {QUANT_METHOD}: not packed")
+        try:
+            self.quantization = PuzzleMoEQuantizationConfig.parse(raw, str(where))
+            check_packed_names(self.checkpoint.tensors, self.quantization, str(path))
+        except FormatError as error:
+            raise CheckpointError(str(error)) from None
+        self.layout = word_layout(self.quantization.bits)
+        self.shape: MoEShape = find_moe_shape(self.checkpoint.config, str(where))
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        for name, info in self.checkpoint.tensors.items():
+            parsed = parse_packed_name(name)
+            if parsed is None:
+                continue
+            size, dtype = self.shape.projection_shape(parsed[2]), _WORD_DTYPES[self.layout.bits]
+            if (info.shape, info.dtype) != (size, dtype):
+                raise CheckpointError(
+                    f"{self.checkpoint.path / info.shard}: {name} is {info.dtype} {list(info.shape)}, the schema "
+                    f"implies {dtype} {list(size)}; convert again"
+                )
+
+    def members(self, name: str) -> list[str] | None:
+        """The source names of the experts in a packed tensor, in member order; None for any other tensor."""
+        parsed = parse_packed_name(name)
+        if parsed is None:
+            return None
+        prefix, expert, projection = parsed
+        slots = next(s for s in self.quantization.layers if self.shape.experts_prefix(s.layer) == prefix)
+        code = int(slots.slot_of_expert()[expert])
+        return [self.shape.expert_name(slots.layer, member, projection) for member in slots.members(code // 2)]

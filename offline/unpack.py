@@ -1,0 +1,40 @@
+"""Back from a packed checkpoint to a plain BF16 one that any tool loads."""
+
+from pathlib import Path
+
+from vllm_puzzle.format import unpack
+
+from .convert import Progress
+from .packed import PackedCheckpoint
+from .writer import check_destination, new_checkpoint
+
+
+def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> None:
+    """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16 under its own name.
+
+    Raises:
+        CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
+    """
+    packed = PackedCheckpoint(source)
+    checkpoint = packed.checkpoint
+    check_destination(destination, 2 * checkpoint.num_bytes)
+    shards: dict[str, list[str]] = {}
+    for name in sorted(checkpoint.tensors):
+        shards.setdefault(checkpoint.tensors[name].shard, []).append(name)
+    with new_checkpoint(destination, len(shards)) as writer:
+        for names in shards.values():
+            tensors = checkpoint.read(names)
+            for name in names:
+                members = packed.members(name)
+                if members is None:
+                    continue
+                words = tensors.pop(name)
+                for member, expert_name in enumerate(members):
+                    tensors[expert_name] = unpack(words, member, packed.layout)
+            writer.add_shard(tensors)
+            progress(sum(checkpoint.tensors[name].num_bytes for name in names))
+        writer.add_index()
+        config = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
+        writer.add_json("config.json", config)
+        for file in checkpoint.other_files():
+            writer.add_copy(file)

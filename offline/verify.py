@@ -1,0 +1,97 @@
+"""Holding a packed checkpoint against its source: nothing else changed, and every word is what its rule allows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_puzzle.format import find_invalid_word, nearest_magnitude, unpack
+
+from .checkpoint import Checkpoint
+from .convert import Progress
+from .errors import CheckpointError
+from .packed import PackedCheckpoint
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """How many tensors were found equal to the source's, and how many packed ones within their rule."""
+
+    untouched: int
+    packed: int
+
+
+def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
+    """Compares every tensor.
+
+    Raises:
+        CheckpointError: the first difference: a tensor outside the experts that changed, is missing or is new, a word
+            that no converter writes, or an element that the rule could not have made from its source.
+    """
+    original, packed = Checkpoint(source), PackedCheckpoint(packed_path)
+    untouched = packed_count = 0
+    seen: set[str] = set()
+    for name in sorted(packed.checkpoint.tensors):
+        members = packed.members(name)
+        names = [name] if members is None else members
+        for source_name in names:
+            if source_name not in original.tensors:
+                raise CheckpointError(f"{packed_path}: {name} has no counterpart {source_name} in {source}")
+        tensor = packed.checkpoint.read([name])[name]
+        sources = list(original.read(names).values())
+        if members is None:
+            _check_untouched(name, tensor, sources[0], packed_path)
+            untouched += 1
+        else:
+            _check_packed(name, tensor, sources, packed)
+            packed_count += 1
+        seen.update(names)
+        progress(packed.checkpoint.tensors[name].num_bytes)
+    missing = sorted(set(original.tensors) - seen)
+    if missing:
+        raise CheckpointError(f"{packed_path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
+    return VerifyResult(untouched, packed_count)
+
+
+def _check_untouched(name: str, tensor: torch.Tensor, source: torch.Tensor, path: Path) -> None:
+    if (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, the source's is {source.dtype} "
+            f"{list(source.shape)}"
+        )
+    # Compared as bytes, so that a NaN equals itself and -0.0 does not equal 0.0.
+    if not torch.equal(tensor.flatten().view(torch.uint8), source.flatten().view(torch.uint8)):
+        raise CheckpointError(
+            f"{path}: {name} differs from the source's, though nothing outside the experts may change"
+        )
+
+
+def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], packed: PackedCheckpoint) -> None:
+    path = packed.checkpoint.path
+    invalid = find_invalid_word(words, packed.layout)
+    if invalid is not None:
+        raise CheckpointError(f"{path}: {name}{list(invalid)} is {words[invalid].item()}, a word that is never written")
+    decoded = [unpack(words, member, packed.layout) for member in range(len(sources))]
+    held = [member != 0 for member in decoded]
+    floats = [source.float() for source in sources]
+    alone = [nearest_magnitude(source, packed.layout, name) for source in floats]
+    allowed = torch.zeros_like(held[0])
+    if len(sources) == 1:
+        allowed = decoded[0].abs() == alone[0]
+    else:
+        mean = nearest_magnitude((floats[0].abs() + floats[1].abs()) / 2, packed.layout, name)
+        # Members that share an element hold the mean; a member that has it to itself holds its own magnitude; an
+        # element that nobody holds was too small for one of those to be stored.
+        both, none = held[0] & held[1], ~(held[0] | held[1])
+        allowed |= both & (decoded[0].abs() == mean)
+        allowed |= none & ((mean == 0) | (alone[0] == 0) | (alone[1] == 0))
+        for member in (0, 1):
+            allowed |= held[member] & ~both & (decoded[member].abs() == alone[member])
+    for member, source in enumerate(floats):
+        allowed &= ~held[member] | (torch.signbit(decoded[member]) == torch.signbit(source))
+    if not allowed.all():
+        index = tuple((~allowed).nonzero()[0].tolist())
+        raise CheckpointError(
+            f"{path}: {name}{list(index)} decodes to {[member[index].item() for member in decoded]}, which rule "
+            f"{packed.quantization.provenance.rule} cannot make from {[source[index].item() for source in floats]}"
+        )

@@ -1,0 +1,166 @@
+"""The command line: `vllm-puzzle convert | verify | unpack`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+import vllm_puzzle
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    # Imported here and not above: transformers takes seconds, which `--help` of another command need not wait for.
+    from vllm_puzzle.offline.calibration import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
+    from vllm_puzzle.offline.merging import RULES
+
+    parser.description = "Packs the experts of a Mixture-of-Experts checkpoint in pairs."
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+    parser.add_argument(
+        "--calibration",
+        default="none",
+        metavar="FILE|none",
+        help="UTF-8 text to weigh the experts on; 'none' (the default) weighs by the weights' magnitudes alone",
+    )
+    parser.add_argument(
+        "--calibration-sequences",
+        type=int,
+        default=DEFAULT_SEQUENCES,
+        metavar="N",
+        help=f"read at most N sequences of {SEQUENCE_LENGTH} tokens from it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rule", default="paper", choices=sorted(RULES), help="how mates are merged (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tau",
+        type=float,
+        default=0.4,
+        help="largest relative difference of magnitudes that are shared (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compression",
+        type=float,
+        default=50.0,
+        metavar="PERCENT",
+        help="how much smaller the experts become, 0 to 50 (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-expert-parallel",
+        type=int,
+        metavar="N",
+        help="mates stay on one rank up to N expert-parallel ranks (default: the largest power of two up to 8 "
+        "that leaves even blocks of at least 4 experts)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random pairing (default: %(default)s)")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from vllm_puzzle.offline.checkpoint import Checkpoint
+    from vllm_puzzle.offline.convert import ConvertOptions, convert
+
+    options = ConvertOptions(
+        calibration=None if arguments.calibration == "none" else Path(arguments.calibration),
+        calibration_sequences=arguments.calibration_sequences,
+        rule=arguments.rule,
+        tau=arguments.tau,
+        compression=arguments.compression,
+        max_expert_parallel=arguments.max_expert_parallel,
+        seed=arguments.seed,
+    )
+    with _progress(Checkpoint(arguments.source).num_bytes, "converting") as bar:
+        result = convert(arguments.source, arguments.destination, options, _say, bar.update)
+    print(
+        f"{arguments.destination}: experts {result.expert_bytes_before:,} -> {result.expert_bytes_after:,} bytes, "
+        f"checkpoint {result.checkpoint_bytes_before:,} -> {result.checkpoint_bytes_after:,} bytes, "
+        f"relative error of merged weights {result.relative_error:.4f}"
+    )
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Checks a packed checkpoint against its source, tensor by tensor."
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint that was converted")
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from vllm_puzzle.offline.checkpoint import Checkpoint
+    from vllm_puzzle.offline.verify import verify
+
+    with _progress(Checkpoint(arguments.packed).num_bytes, "verifying") as bar:
+        result = verify(arguments.source, arguments.packed, bar.update)
+    print(
+        f"{arguments.packed}: {result.untouched} tensors equal to the source's bit for bit, "
+        f"{result.packed} packed tensors within their rule"
+    )
+
+
+def _add_unpack(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Writes a packed checkpoint back as a plain BF16 checkpoint."
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+
+
+def _unpack(arguments: argparse.Namespace) -> None:
+    from vllm_puzzle.offline.checkpoint import Checkpoint
+    from vllm_puzzle.offline.unpack import unpack_checkpoint
+
+    with _progress(Checkpoint(arguments.packed).num_bytes, "unpacking") as bar:
+        unpack_checkpoint(arguments.packed, arguments.destination, bar.update)
+    print(f"{arguments.destination}: every expert in BF16 under its own name")
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
+    "convert": ("pack a checkpoint", _add_convert, _convert),
+    "verify": ("check a packed checkpoint against its source", _add_verify, _verify),
+    "unpack": ("write a packed checkpoint back in BF16", _add_unpack, _unpack),
+}
+
+
+def _progress(num_bytes: int, verb: str) -> "tqdm[None]":
+    # disable=None: no bar where standard error is not a terminal.
+    return tqdm(total=num_bytes, desc=verb, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+
+
+def _say(sentence: str) -> None:
+    # Through tqdm, so that it stands above the bar and does not break it.
+    tqdm.write(sentence, file=sys.stderr)
+
+
+def _run(command: Command, arguments: argparse.Namespace) -> int:
+    from vllm_puzzle.offline.errors import CheckpointError
+
+    try:
+        command(arguments)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main_of(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs one command under its own module name; returns the exit status."""
+    _, add_arguments, command = _COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"python -m vllm_puzzle.{name}")
+    add_arguments(parser)
+    return _run(command, parser.parse_args(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vllm-puzzle`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vllm-puzzle", description="Packed expert pairs for vLLM.")
+    parser.add_argument("--version", action="version", version=vllm_puzzle.__version__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (summary, add_arguments, command) in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        add_arguments(subparser)
+        subparser.set_defaults(command=command)
+    arguments = parser.parse_args(argv)
+    return _run(arguments.command, arguments)
