@@ -1,0 +1,47 @@
+"""The reference engine: plain torch, on any device; what every other engine is held against."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from vllm_puzzle.format import unpack
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
+}
+
+
+def reference_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    slot_of_expert: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    apply_router_weight_on_input: bool,
+) -> torch.Tensor:
+    """See `packed_moe`. Decodes the slots that have tokens, one member at a time, and synchronizes with the device."""
+    # An id of -1 would index the last expert.
+    slots = torch.where(topk_ids >= 0, slot_of_expert[topk_ids.clamp(min=0)], -1)
+    activate = ACTIVATIONS[activation]
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for code in slots.unique().tolist():
+        if code < 0:
+            continue
+        token, choice = torch.where(slots == code)
+        weight = topk_weights[token, choice, None].float()
+        rows = x[token].float()
+        if apply_router_weight_on_input:
+            # Rounded as vLLM's own experts do, which scale the activations in their dtype.
+            rows = (rows * weight).to(x.dtype).float()
+        slot, member = divmod(code, 2)
+        gate, up = (rows @ unpack(w13[slot], member).float().T).chunk(2, dim=-1)
+        # Every fused kernel stores the inner activations in the dtype of x between its two products.
+        inner = (activate(gate) * up).to(x.dtype).float()
+        result = inner @ unpack(w2[slot], member).float().T
+        output.index_add_(0, token, result if apply_router_weight_on_input else result * weight)
+    return output.to(x.dtype)

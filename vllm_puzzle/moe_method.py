@@ -1,0 +1,153 @@
+"""The MoE method: what vLLM calls to allocate, load and run the experts of one layer."""
+
+from typing import Any
+
+import torch
+
+from .format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
+from .host import (
+    FusedMoEMethodBase,
+    MoEActivation,
+    RoutedExperts,
+    current_platform,
+    get_current_vllm_config,
+    logger,
+    set_weight_attrs,
+)
+from .kernels import packed_moe as _register_operator  # noqa: F401
+from .loader import PackedExpertLoader
+
+_ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+
+
+class PuzzleMoEMethod(FusedMoEMethodBase):
+    """Packed experts behind vLLM's FusedMoEMethodBase; the runner does routing, reductions and shared experts.
+
+    Raises:
+        NotImplementedError: the model or its configuration needs something that is not supported, by name.
+        FormatError: expert parallelism would split a pair, or the sizes are not the checkpoint's.
+    """
+
+    def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
+        super().__init__(layer.moe_config)
+        _refuse_unsupported(layer)
+        if layer.global_num_experts != slots.num_experts:
+            raise FormatError(
+                f"{layer.layer_name} has {layer.global_num_experts} experts, quantization_config packs "
+                f"{slots.num_experts}"
+            )
+        self._slots = slots
+        self._quantization = quantization
+        self._activation = layer.activation.value
+        expert_map = layer.expert_map_manager.expert_map
+        local = None if expert_map is None else {i for i, here in enumerate(expert_map.tolist()) if here >= 0}
+        try:
+            self._local_slots = slots.local_slots(local)
+        except FormatError as error:
+            raise FormatError(
+                f"{error}; use a number of ranks that divides {quantization.max_expert_parallel}, or convert again "
+                f"with a larger --max-expert-parallel"
+            ) from None
+        self._loader: PackedExpertLoader | None = None
+        self._dummy_weights = get_current_vllm_config().load_config.load_format == "dummy"
+        logger.info_once("Routed experts run from packed pairs on the reference engine (torch).")
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        sizes = (hidden_size, intermediate_size_per_partition * self.moe.tp_size)
+        packed = (self._quantization.hidden_size, self._quantization.intermediate_size)
+        if sizes != packed:
+            raise FormatError(
+                f"{layer.layer_name} has hidden_size {sizes[0]} and intermediate_size {sizes[1]}, quantization_config "
+                f"says {packed[0]} and {packed[1]}"
+            )
+        hidden, intermediate = packed
+        self._loader = PackedExpertLoader(
+            layer_name=layer.layer_name,
+            slots=self._slots,
+            local_slots=self._local_slots,
+            projections={
+                "w1": layer.ckpt_gate_proj_name,
+                "w3": layer.ckpt_up_proj_name,
+                "w2": layer.ckpt_down_proj_name,
+            },
+            full_shapes={
+                "w1": (intermediate, hidden),
+                "w3": (intermediate, hidden),
+                "w2": (hidden, intermediate),
+            },
+            tp_rank=self.moe.tp_rank,
+        )
+        num_slots = len(self._local_slots)
+        dtype = word_layout(self._quantization.bits).dtype
+        shapes = {
+            "w13_weight_packed": (num_slots, 2 * intermediate_size_per_partition, hidden_size),
+            "w2_weight_packed": (num_slots, hidden_size, intermediate_size_per_partition),
+        }
+        for name, shape in shapes.items():
+            # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
+            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+            layer.register_parameter(name, parameter)
+            set_weight_attrs(parameter, {"weight_loader": self._loader})
+        table = self._slots.slot_of_expert(self._local_slots)
+        layer.register_buffer("slot_of_expert", table.to(layer.w13_weight_packed.device), persistent=False)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Raises FormatError where a packed tensor was not loaded, unless the weights are dummies."""
+        assert self._loader is not None
+        if not self._dummy_weights:
+            self._loader.finish()
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return torch.ops.vllm_puzzle.packed_moe(
+            x,
+            layer.w13_weight_packed,
+            layer.w2_weight_packed,
+            layer.slot_of_expert,
+            topk_weights,
+            topk_ids,
+            self._activation,
+            layer.apply_router_weight_on_input,
+        )
+
+
+def _refuse_unsupported(layer: RoutedExperts) -> None:
+    moe = layer.moe_config
+    supported = [activation.value for activation in _ACTIVATIONS]
+    vllm_config = get_current_vllm_config()
+    eager = vllm_config.model_config is None or vllm_config.model_config.enforce_eager
+    refusals = {
+        f"activation {layer.activation.value} (supported: {', '.join(supported)})": layer.activation
+        not in _ACTIVATIONS,
+        "biases in the experts": moe.has_bias,
+        "a SwiGLU limit, alpha or beta": any(
+            value is not None for value in (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
+        ),
+        "expert-parallel load balancing (--enable-eplb)": moe.moe_parallel_config.enable_eplb,
+        "round-robin expert placement (--expert-placement-strategy)": layer.expert_placement_strategy == "round_robin",
+        "LoRA (--enable-lora)": moe.is_lora_enabled,
+        "shared experts fused into the routed ones": layer.expert_map_manager.num_fused_shared_experts > 0,
+        "graph capture on a GPU with the reference engine (add --enforce-eager)": not current_platform.is_cpu()
+        and not eager,
+    }
+    for feature, found in refusals.items():
+        if found:
+            raise NotImplementedError(f"{layer.layer_name}: puzzlemoe does not support {feature}")
