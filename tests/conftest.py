@@ -1,0 +1,14 @@
+"""Settings for every test: no network, and vLLM engines inside the test process on a small KV cache."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_CI_ENV="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    # Threads that spin at barriers starve each other where other processes share the cores.
+    OMP_WAIT_POLICY="PASSIVE",
+)

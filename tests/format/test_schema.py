@@ -1,0 +1,119 @@
+"""The schema: strict on write and on load, with one sentence for whatever is wrong; and the names it implies."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from vllm_puzzle.format import (
+    Calibration,
+    FormatError,
+    LayerSlots,
+    Provenance,
+    PuzzleMoEQuantizationConfig,
+    check_packed_names,
+    layer_index,
+    packed_name,
+    parse_packed_name,
+)
+
+
+def quantization() -> PuzzleMoEQuantizationConfig:
+    return PuzzleMoEQuantizationConfig(
+        num_experts=8,
+        hidden_size=64,
+        intermediate_size=32,
+        max_expert_parallel=2,
+        layers=[
+            LayerSlots(layer=1, experts=[3, 0, 1, 2, 7, 4, 5, 6], pairs=4),
+            LayerSlots(layer=2, experts=[3, 0, 1, 2, 7, 4, 5, 6], pairs=1),
+        ],
+        provenance=Provenance(
+            rule="paper",
+            tau=0.4,
+            compression=50.0,
+            seed=0,
+            calibration=Calibration(source="c4.utf8", sha256="00", sequences=8, sequence_length=2048),
+            source_sha256="00",
+            tool_version="0.1.0",
+        ),
+    )
+
+
+def names() -> list[str]:
+    return ["model.norm.weight"] + [
+        packed_name(f"model.layers.{slots.layer}.mlp.experts", slots.members(slot)[0], projection)
+        for slots in quantization().layers
+        for slot in range(slots.num_slots)
+        for projection in ("gate_proj", "up_proj", "down_proj")
+    ]
+
+
+def test_it_survives_config_json() -> None:
+    written = json.loads(json.dumps(quantization().model_dump()))
+    assert PuzzleMoEQuantizationConfig.parse(written) == quantization()
+    assert (written["quant_method"], written["format_version"], written["bits"]) == ("puzzlemoe", 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format_version"], 2, "format_version 2, this vllm-puzzle reads version 1"),
+        (["bits"], 8, "bits: Input should be 16"),
+        (["num_experts"], "8", "num_experts: Input should be a valid integer"),
+        (["num_experts"], 9, "9 experts do not divide into 2 blocks"),
+        (["num_experts"], 16, "layer 1 lists 8 experts, the checkpoint has 16"),
+        (["max_expert_parallel"], 3, "do not divide into 3 blocks"),
+        (["max_expert_parallel"], 8, "experts 3 and 0 share slot 0 but lie in different blocks of 1"),
+        (["hidden_size"], 0, "hidden_size: Input should be greater than 0"),
+        (["layers", 0, "experts"], [0, 4, 1, 2, 3, 5, 6, 7], "experts 0 and 4 share slot 0 but lie in different"),
+        (["layers", 0, "layer"], 2, "ascending order without repetition"),
+        (["layers", 0, "extra"], 1, "Extra inputs are not permitted"),
+        (["provenance", "tau"], None, "provenance.tau"),
+    ],
+)
+def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str) -> None:
+    config = copy.deepcopy(quantization().model_dump())
+    target: Any = config
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(FormatError, match=message) as caught:
+        PuzzleMoEQuantizationConfig.parse(config, "m/config.json")
+    assert str(caught.value).startswith("m/config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_read_as_they_are_written() -> None:
+    name = packed_name("model.layers.10.block_sparse_moe.experts", 3, "w1")
+    assert name == "model.layers.10.block_sparse_moe.experts.3.w1.weight_packed"
+    assert parse_packed_name(name) == ("model.layers.10.block_sparse_moe.experts", 3, "w1")
+    assert layer_index(name) == 10
+    assert parse_packed_name("model.layers.0.mlp.experts.3.w1.weight") is None
+    assert layer_index("lm_head.weight") is None
+
+
+def test_complete_names_pass() -> None:
+    check_packed_names(names(), quantization(), "m")
+
+
+def test_a_missing_packed_tensor_is_named() -> None:
+    lost = "model.layers.2.mlp.experts.5.up_proj.weight_packed"
+    with pytest.raises(FormatError, match=f"m: packed tensor {lost} is missing"):
+        check_packed_names([name for name in names() if name != lost], quantization(), "m")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "model.layers.1.mlp.experts.0.up_proj.weight_packed",
+        "model.layers.1.mlp.experts.8.up_proj.weight_packed",
+        "model.layers.0.mlp.experts.3.up_proj.weight_packed",
+        "model.layers.1.mlp.experts.3.up_proj.weight",
+        "model.layers.1.mlp.experts.3.up_proj.weight_scale",
+    ],
+)
+def test_an_unexpected_expert_tensor_is_named(extra: str) -> None:
+    with pytest.raises(FormatError, match=extra.replace(".", r"\.")):
+        check_packed_names([*names(), extra], quantization(), "m")

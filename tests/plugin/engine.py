@@ -1,0 +1,89 @@
+"""In-process vLLM engines for tests, and how their greedy outputs are compared."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+NUM_CANDIDATES = 5
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy continuation: its tokens, and per position the log probabilities of the likeliest ones."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+@contextmanager
+def running(model: Path, **options: Any) -> Iterator[LLM]:
+    """An engine in this process, gone when the block ends."""
+    defaults = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 8, "disable_log_stats": True}
+    llm = LLM(str(model), **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=NUM_CANDIDATES, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return [
+        Greedy(
+            list(output.outputs[0].token_ids),
+            [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs],
+        )
+        for output in outputs
+    ]
+
+
+def generate_with_transformers(model: Any, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
+    """The same through a transformers model, prompt by prompt."""
+    results = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+            eos_token_id=-1,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        steps = [logits[0].float().log_softmax(-1).topk(NUM_CANDIDATES) for logits in output.logits]
+        results.append(
+            Greedy(
+                output.sequences[0, len(prompt) :].tolist(),
+                [dict(zip(step.indices.tolist(), step.values.tolist(), strict=True)) for step in steps],
+            )
+        )
+    return results
+
+
+def assert_agree(left: list[Greedy], right: list[Greedy], tolerance: float = 0.05) -> None:
+    """Both chose the same tokens with the same log probabilities, up to where a tie within `tolerance` flipped one.
+
+    After such a flip the two continue from different texts and are not compared.
+    """
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        for position, (token_a, token_b) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+            where = f"prompt {index}, position {position}"
+            for token in {token_a, token_b}:
+                assert token in a.logprobs[position], f"{where}: {token} is not among the likeliest on the left"
+                assert token in b.logprobs[position], f"{where}: {token} is not among the likeliest on the right"
+                difference = abs(a.logprobs[position][token] - b.logprobs[position][token])
+                assert difference <= tolerance, f"{where}: log probability of {token} differs by {difference}"
+            if token_a != token_b:
+                gap = abs(a.logprobs[position][token_a] - a.logprobs[position][token_b])
+                assert gap <= 2 * tolerance, f"{where}: {token_a} and {token_b} are not a tie, {gap} apart"
+                break
