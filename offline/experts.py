@@ -1,8 +1,6 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
-from collections.abc import Mapping
-
-from .checkpoint import FLOATING_DTYPES, Checkpoint, TensorInfo
+from .checkpoint import FLOATING_DTYPES, Checkpoint
 from .errors import CheckpointError
 from .families import MoEShape
 
@@ -21,8 +19,8 @@ def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
     """Raises CheckpointError for the first expert tensor that is missing, misshapen, unexpected or of a wrong dtype."""
     expected = expected_experts(shape)
     for name, size in expected.items():
-        _check_tensor(checkpoint, checkpoint.tensors, name, size)
-    for name in checkpoint.tensors:
+        _check_tensor(checkpoint, name, size)
+    for name in sorted(checkpoint.tensors):
         if name not in expected and ".experts." in name:
             raise CheckpointError(
                 f"{checkpoint.path}: nothing is known of expert tensor {name}; {shape.family.architecture} experts are "
@@ -30,8 +28,8 @@ def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
             )
 
 
-def _check_tensor(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], name: str, size: tuple[int, int]) -> None:
-    info = tensors.get(name)
+def _check_tensor(checkpoint: Checkpoint, name: str, size: tuple[int, int]) -> None:
+    info = checkpoint.tensors.get(name)
     if info is None:
         raise CheckpointError(
             f"{checkpoint.path}: expert tensor {name} is missing, though config.json implies it; "

@@ -1,0 +1,124 @@
+"""Conversion of every family: sizes, what stays untouched, provenance, and the way back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny
+from vllm_puzzle.cli import main
+from vllm_puzzle.format import PuzzleMoEQuantizationConfig, parse_packed_name
+
+TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(request.param, tmp_path_factory.mktemp(request.param) / "source")
+
+
+def read_all(path: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for shard in path.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+def expert_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+
+
+@pytest.mark.parametrize(("compression", "share"), [(50, 0.5), (25, 0.75), (12.5, 0.875), (0, 1.0)])
+def test_expert_bytes_and_untouched_tensors(
+    source: Path, tmp_path: Path, calibration: Path, compression: float, share: float
+) -> None:
+    packed = tmp_path / "packed"
+    options = ["--calibration", str(calibration), "--compression", str(compression)]
+    assert main(["convert", str(source), str(packed), *options]) == 0
+    before, after = read_all(source), read_all(packed)
+    assert expert_bytes(after) == share * expert_bytes(before)
+    outside = {name for name in before if ".experts." not in name}
+    assert {name for name in after if parse_packed_name(name) is None} == outside
+    for name in outside:
+        assert before[name].dtype == after[name].dtype
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+    assert main(["verify", str(source), str(packed)]) == 0
+
+
+def test_config_provenance_tokenizer_and_card(source: Path, tmp_path: Path, calibration: Path) -> None:
+    packed = tmp_path / "packed"
+    assert main(["convert", str(source), str(packed), "--calibration", str(calibration), "--seed", "7"]) == 0
+    config = json.loads((packed / "config.json").read_text())
+    quantization = PuzzleMoEQuantizationConfig.parse(config.pop("quantization_config"))
+    assert config == json.loads((source / "config.json").read_text())
+    assert quantization.intermediate_size == INTERMEDIATE_SIZE
+    provenance = quantization.provenance
+    assert (provenance.rule, provenance.tau, provenance.seed) == ("paper", 0.4, 7)
+    assert provenance.calibration is not None
+    assert provenance.calibration.source == calibration.name
+    assert AutoTokenizer.from_pretrained(packed).encode("pears") == AutoTokenizer.from_pretrained(source).encode(
+        "pears"
+    )
+    card = (packed / "README.md").read_text()
+    assert f"{expert_bytes(read_all(packed)):,} (50.0%)" in card
+    assert "vllm serve packed --quantization puzzlemoe" in card
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    source: Path, tmp_path: Path, calibration: Path
+) -> None:
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        options = ["--calibration", str(calibration), "--seed", seed]
+        assert main(["convert", str(source), str(tmp_path / name), *options]) == 0
+    files = sorted(file.name for file in (tmp_path / "a").iterdir() if file.name != "README.md")
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    assert read_all(tmp_path / "a").keys() != read_all(tmp_path / "c").keys()
+
+
+def test_unpacking_gives_plain_experts_within_the_rule(source: Path, tmp_path: Path, calibration: Path) -> None:
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    assert main(["convert", str(source), str(packed), "--calibration", str(calibration), "--compression", "25"]) == 0
+    assert main(["unpack", str(packed), str(plain)]) == 0
+    before, after = read_all(source), read_all(plain)
+    assert before.keys() == after.keys()
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    changed = 0
+    for name, tensor in before.items():
+        kept = after[name] != 0
+        assert torch.equal(torch.signbit(tensor[kept]), torch.signbit(after[name][kept]))
+        # Singles differ only where a magnitude below the smallest storable one was raised or dropped.
+        changed += bool((tensor.float() - after[name].float()).abs().max() > 2.0**-15)
+    # Four of eight experts are in pairs: half of the expert matrices of every MoE layer.
+    assert changed == sum(".experts." in name for name in before) / 2
+
+
+def test_calibration_decides_what_is_kept(source: Path, tmp_path: Path, calibration: Path) -> None:
+    assert main(["convert", str(source), str(tmp_path / "with"), "--calibration", str(calibration)]) == 0
+    assert main(["convert", str(source), str(tmp_path / "without"), "--calibration", "none"]) == 0
+    with_text, without = read_all(tmp_path / "with"), read_all(tmp_path / "without")
+    assert with_text.keys() == without.keys()
+    assert any(not torch.equal(with_text[name], without[name]) for name in without if parse_packed_name(name))
+
+
+def test_other_floating_types_become_bfloat16(tmp_path: Path) -> None:
+    source = build_tiny("mixtral", tmp_path / "source")
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.float() for name, tensor in read_all(source).items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert main(["convert", str(source), str(tmp_path / "packed")]) == 0
+    assert main(["verify", str(source), str(tmp_path / "packed")]) == 0
+    after = read_all(tmp_path / "packed")
+    assert after["lm_head.weight"].dtype == torch.float32
+    assert expert_bytes(after) == expert_bytes(tensors) / 4

@@ -1,0 +1,133 @@
+"""Packed and unpacked agree: in vLLM, and with transformers' own models as a third witness.
+
+In float32 all three compute the same sums in another order, so they agree to about 1e-5 and nothing can hide. In
+bfloat16, the dtype people serve in, packed is held against unpacked in vLLM. There a sum in another order can round to
+another number, and that can send a token to another expert; so both sides use vLLM's vector kernels, whose order the
+reference engine shares, on machines with AMX too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.plugin.engine import (
+    Greedy,
+    assert_same_logprobs,
+    assert_same_tokens,
+    generate,
+    generate_with_transformers,
+    running,
+)
+from tests.tiny import FAMILIES
+
+PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
+MAX_TOKENS = 64
+
+
+@pytest.fixture
+def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+
+
+@pytest.mark.usefixtures("vector_kernels")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_in_bfloat16(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+    results = []
+    for checkpoint in checkpoints[family]:
+        with running(checkpoint) as llm:
+            results.append(generate(llm, PROMPTS, MAX_TOKENS))
+    assert_same_tokens(*results)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_witnesses_in_float32(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+    packed, unpacked = checkpoints[family]
+    with running(packed, dtype="float32") as llm:
+        from_packed = generate(llm, PROMPTS, MAX_TOKENS)
+    with running(unpacked, dtype="float32") as llm:
+        from_unpacked = generate(llm, PROMPTS, MAX_TOKENS)
+    model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
+    witness = generate_with_transformers(model, PROMPTS, MAX_TOKENS)
+    assert_same_logprobs(from_packed, from_unpacked, tolerance=1e-3)
+    assert_same_logprobs(from_packed, witness, tolerance=1e-3)
+
+
+def swap_gate_and_up(model: Any) -> None:
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            weight = layer.mlp.experts.gate_up_proj.data
+            weight.copy_(torch.cat(weight.chunk(2, dim=1)[::-1], dim=1))
+
+
+def swap_members(model: Any) -> None:
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            for weight in (layer.mlp.experts.gate_up_proj.data, layer.mlp.experts.down_proj.data):
+                weight.copy_(weight[[1, 0, *range(2, len(weight))]])
+
+
+def even_router_weights(model: Any) -> None:
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(
+                lambda module, args: (args[0], args[1], args[2].mean(dim=-1, keepdim=True).expand_as(args[2]))
+            )
+
+
+def silence_shared_experts(model: Any) -> None:
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "shared_expert"):
+            layer.mlp.shared_expert.down_proj.weight.data.zero_()
+
+
+@pytest.mark.parametrize("change", [swap_gate_and_up, swap_members, even_router_weights, silence_shared_experts])
+def test_the_comparison_would_notice(change: Any, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+    """Each thing that the witnesses prove right is made wrong in one of them, and must show in the first token."""
+    packed, unpacked = checkpoints["qwen2_moe"]
+    with running(packed, dtype="float32") as llm:
+        from_packed = generate(llm, PROMPTS, 1)
+    model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
+    assert_same_logprobs(from_packed, generate_with_transformers(model, PROMPTS, 1), tolerance=1e-3)
+    change(model)
+    for prompt in range(len(PROMPTS)):
+        changed = generate_with_transformers(model, PROMPTS[prompt : prompt + 1], 1)
+        with pytest.raises(AssertionError):
+            assert_same_logprobs(from_packed[prompt : prompt + 1], changed, tolerance=1e-3)
+
+
+def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
+    packed, _ = checkpoints["mixtral"]
+    results: list[list[Greedy]] = []
+    for eager in (True, False):
+        with running(packed, enforce_eager=eager, dtype="float32") as llm:
+            results.append(generate(llm, PROMPTS, MAX_TOKENS))
+    assert_same_logprobs(*results, tolerance=1e-3)
+
+
+def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((packed / name).read_text())
+    with running(tmp_path, load_format="dummy") as llm:
+        assert len(generate(llm, PROMPTS[:1], 4)[0].tokens) == 4
+
+
+def test_fewer_pairs_run_too(tmp_path: Path) -> None:
+    """25 %: slots of two members and of one in the same layer."""
+    from tests.tiny import build_tiny
+    from vllm_puzzle.cli import main
+
+    source, packed, unpacked = tmp_path / "source", tmp_path / "packed", tmp_path / "unpacked"
+    build_tiny("qwen3_moe", source)
+    assert main(["convert", str(source), str(packed), "--compression", "25"]) == 0
+    assert main(["unpack", str(packed), str(unpacked)]) == 0
+    layers = json.loads((packed / "config.json").read_text())["quantization_config"]["layers"]
+    assert all(layer["pairs"] == 2 for layer in layers)
+    results = []
+    for checkpoint in (packed, unpacked):
+        with running(checkpoint, dtype="float32") as llm:
+            results.append(generate(llm, PROMPTS, MAX_TOKENS))
+    assert_same_logprobs(*results, tolerance=1e-3)
