@@ -82,8 +82,11 @@ def new_checkpoint(destination: Path, num_shards: int) -> Iterator[CheckpointWri
         raise CheckpointError(f"{destination} cannot be written: {error.strerror}") from None
     try:
         yield CheckpointWriter(temporary, num_shards)
-        # mkdtemp makes it private; a checkpoint is as readable as any other file of this user.
-        temporary.chmod(0o777 & ~_umask())
+        # mkdtemp and safetensors make theirs private; a checkpoint is as readable as any other file of this user.
+        mask = _umask()
+        temporary.chmod(0o777 & ~mask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)
         temporary.rename(destination)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

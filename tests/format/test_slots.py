@@ -37,7 +37,7 @@ def test_a_rank_has_whole_slots_and_numbers_them_from_zero(slots: LayerSlots) ->
 
 def test_a_split_pair_is_refused() -> None:
     slots = LayerSlots(layer=4, experts=[0, 2, 1, 3], pairs=2)
-    with pytest.raises(FormatError, match="layer 4: experts 0 and 2 share slot 0, .* only expert 0 on this rank"):
+    with pytest.raises(FormatError, match=r"layer 4: experts 0 and 2 share slot 0, .* only expert 0 on this rank"):
         slots.local_slots({0, 1})
 
 

@@ -1,6 +1,8 @@
 """Conversion of every family: sizes, what stays untouched, provenance, and the way back."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,17 @@ def test_calibration_decides_what_is_kept(source: Path, tmp_path: Path, calibrat
     with_text, without = read_all(tmp_path / "with"), read_all(tmp_path / "without")
     assert with_text.keys() == without.keys()
     assert any(not torch.equal(with_text[name], without[name]) for name in without if parse_packed_name(name))
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    source = build_tiny("mixtral", tmp_path / "source")
+    old = os.umask(0o027)
+    try:
+        assert main(["convert", str(source), str(tmp_path / "packed")]) == 0
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "packed").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "packed").iterdir()} == {0o640}
 
 
 def test_other_floating_types_become_bfloat16(tmp_path: Path) -> None:

@@ -121,9 +121,9 @@ def test_another_quantization_than_the_checkpoints(packed: Path) -> None:
 
 
 def test_lora(packed: Path) -> None:
-    with pytest.raises(NotImplementedError, match=r"does not support LoRA \(--enable-lora\)"):
-        with running(packed, enable_lora=True):
-            pass
+    message = r"does not support LoRA \(--enable-lora\)"
+    with pytest.raises(NotImplementedError, match=message), running(packed, enable_lora=True):
+        pass
 
 
 # Features whose configurations no tiny model on one CPU can reach are set on the layer that vLLM hands to the method.
@@ -159,9 +159,9 @@ def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.Mon
         return original(self, layer, prefix)
 
     monkeypatch.setattr(PuzzleMoEConfig, "get_quant_method", with_feature)
-    with pytest.raises(NotImplementedError, match=rf"layers\.0\..*puzzlemoe does not support .*{message}"):
-        with running(packed):
-            pass
+    message = rf"layers\.0\..*puzzlemoe does not support .*{message}"
+    with pytest.raises(NotImplementedError, match=message), running(packed):
+        pass
 
 
 def make_loader(local_slots: list[int] | None = None, tp_rank: int = 0) -> PackedExpertLoader:

