@@ -120,7 +120,7 @@ def answer_uncompressed(model: Path) -> str:
     """What the uncompressed model answers, greedily, through transformers."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    inputs = tokenizer.apply_chat_template(
+    inputs: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     output = network.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import FAMILIES, build_tiny
 from vllm_puzzle.offline.calibration import Calibrator, ExpertNorms, read_calibration
 from vllm_puzzle.offline.checkpoint import Checkpoint
 from vllm_puzzle.offline.families import MoEShape, find_moe_shape
-
-from tests.tiny import FAMILIES, build_tiny
 
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(1500))
 

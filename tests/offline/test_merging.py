@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_puzzle.offline.merging import merge_pair, paper_rule
 
 from vllm_puzzle.format import FormatError, unpack
+from vllm_puzzle.offline.merging import merge_pair, paper_rule
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
 elements = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 0.21875, -1.0, 0.4296875, 3.0, -0.0625, 2.0**-15])

@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.pairing import count_pairs, pair_at_random
 

@@ -55,7 +55,10 @@ def test_chat_completion_and_stream_over_http(
                 extra_body={"ignore_eos": True},
             )
         ]
-    assert "".join(streamed) == whole.choices[0].text
+    # A character cut off by the last token shows as a replacement in one and not in the other.
+    answer = whole.choices[0].text.rstrip("\ufffd")
+    assert len(answer) > 4
+    assert "".join(streamed).rstrip("\ufffd") == answer
     log = (tmp_path / "server.log").read_text()
     assert "Routed experts run from packed pairs on the reference engine" in log
     # The server is gone: nobody answers, and the same tokens come from an engine in this process.
@@ -63,7 +66,7 @@ def test_chat_completion_and_stream_over_http(
         urlopen(base_url.removesuffix("/v1") + "/health", timeout=5)
     with running(chat_model, dtype="float32") as llm:
         (local,) = generate(llm, [llm.get_tokenizer().encode(prompt)], 16)
-        assert llm.get_tokenizer().decode(local.tokens) == whole.choices[0].text
+        assert llm.get_tokenizer().decode(local.tokens).rstrip("\ufffd") == answer
 
 
 def serve_and_fail(model: Path, *options: str, **environment: str) -> str:
