@@ -124,8 +124,7 @@ def answer_uncompressed(model: Path) -> str:
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     output = network.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def demo(work: Path, cache: Path) -> dict[str, Any]:
