@@ -45,28 +45,33 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Greedy
     ]
 
 
-def generate_with_transformers(model: Any, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
-    """The same through a transformers model, prompt by prompt."""
+def score(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
+    """The log probability of every token of the prompts but the first of each, float64 (num_tokens,)."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    return torch.tensor(
+        [
+            step[token].logprob
+            for prompt, output in zip(prompts, outputs, strict=True)
+            for token, step in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        ],
+        dtype=torch.float64,
+    )
+
+
+@torch.inference_mode()
+def witness(model: Any, prompts: list[list[int]], continuations: list[Greedy]) -> list[Greedy]:
+    """What a transformers model would have chosen at every position of the same texts."""
     results = []
-    for prompt in prompts:
-        output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=max_tokens,
-            min_new_tokens=max_tokens,
-            eos_token_id=-1,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        steps = [logits[0].float().log_softmax(-1).topk(NUM_CANDIDATES) for logits in output.logits]
-        results.append(
-            Greedy(
-                output.sequences[0, len(prompt) :].tolist(),
-                [dict(zip(step.indices.tolist(), step.values.tolist(), strict=True)) for step in steps],
-            )
-        )
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        text = torch.tensor([prompt + continuation.tokens])
+        logits = model(text).logits[0, len(prompt) - 1 : -1].float()
+        best = logits.log_softmax(-1).topk(NUM_CANDIDATES)
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        results.append(Greedy(best.indices[:, 0].tolist(), [dict(zip(*step, strict=True)) for step in likeliest]))
     return results
 
 

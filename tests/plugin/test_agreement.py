@@ -19,8 +19,8 @@ from tests.plugin.engine import (
     assert_same_logprobs,
     assert_same_tokens,
     generate,
-    generate_with_transformers,
     running,
+    witness,
 )
 from tests.tiny import FAMILIES
 
@@ -51,9 +51,8 @@ def test_three_witnesses_in_float32(family: str, checkpoints: dict[str, tuple[Pa
     with running(unpacked, dtype="float32") as llm:
         from_unpacked = generate(llm, PROMPTS, MAX_TOKENS)
     model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
-    witness = generate_with_transformers(model, PROMPTS, MAX_TOKENS)
     assert_same_logprobs(from_packed, from_unpacked, tolerance=1e-3)
-    assert_same_logprobs(from_packed, witness, tolerance=1e-3)
+    assert_same_logprobs(from_packed, witness(model, PROMPTS, from_packed), tolerance=1e-3)
 
 
 def swap_gate_and_up(model: Any) -> None:
@@ -91,12 +90,12 @@ def test_the_comparison_would_notice(change: Any, checkpoints: dict[str, tuple[P
     with running(packed, dtype="float32") as llm:
         from_packed = generate(llm, PROMPTS, 1)
     model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
-    assert_same_logprobs(from_packed, generate_with_transformers(model, PROMPTS, 1), tolerance=1e-3)
+    assert_same_logprobs(from_packed, witness(model, PROMPTS, from_packed), tolerance=1e-3)
     change(model)
+    changed = witness(model, PROMPTS, from_packed)
     for prompt in range(len(PROMPTS)):
-        changed = generate_with_transformers(model, PROMPTS[prompt : prompt + 1], 1)
         with pytest.raises(AssertionError):
-            assert_same_logprobs(from_packed[prompt : prompt + 1], changed, tolerance=1e-3)
+            assert_same_logprobs(from_packed[prompt : prompt + 1], changed[prompt : prompt + 1], tolerance=1e-3)
 
 
 def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
