@@ -1,7 +1,7 @@
 """The supported model families: where a checkpoint keeps its experts. A new family is one more declaration."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -37,7 +37,14 @@ class Family:
     moe_layers: Callable[[Any], list[int]]
 
 
-_LLAMA_NAMES = ("gate_proj", "up_proj", "down_proj")
+_QWEN2_MOE = Family(
+    architecture="Qwen2MoeForCausalLM",
+    moe_block="mlp",
+    projections=("gate_proj", "up_proj", "down_proj"),
+    num_experts="num_experts",
+    intermediate_size="moe_intermediate_size",
+    moe_layers=_qwen_sparse_layers,
+)
 
 FAMILIES = {
     family.architecture: family
@@ -50,27 +57,11 @@ FAMILIES = {
             intermediate_size="intermediate_size",
             moe_layers=_every_layer,
         ),
-        Family(
-            architecture="Qwen2MoeForCausalLM",
-            moe_block="mlp",
-            projections=_LLAMA_NAMES,
-            num_experts="num_experts",
-            intermediate_size="moe_intermediate_size",
-            moe_layers=_qwen_sparse_layers,
-        ),
-        Family(
-            architecture="Qwen3MoeForCausalLM",
-            moe_block="mlp",
-            projections=_LLAMA_NAMES,
-            num_experts="num_experts",
-            intermediate_size="moe_intermediate_size",
-            moe_layers=_qwen_sparse_layers,
-        ),
-        Family(
+        _QWEN2_MOE,
+        replace(_QWEN2_MOE, architecture="Qwen3MoeForCausalLM"),
+        replace(
+            _QWEN2_MOE,
             architecture="OlmoeForCausalLM",
-            moe_block="mlp",
-            projections=_LLAMA_NAMES,
-            num_experts="num_experts",
             intermediate_size="intermediate_size",
             moe_layers=_every_layer,
         ),

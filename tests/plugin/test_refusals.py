@@ -146,11 +146,10 @@ LAYER_FEATURES: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("feature", LAYER_FEATURES)
-def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def change_layers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """Applies `change` to every layer of experts before the method is made for it."""
     from vllm_puzzle.config import PuzzleMoEConfig
 
-    change, message = LAYER_FEATURES[feature]
     original = PuzzleMoEConfig.get_quant_method
 
     def with_feature(self: PuzzleMoEConfig, layer: torch.nn.Module, prefix: str) -> Any:
@@ -159,8 +158,24 @@ def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.Mon
         return original(self, layer, prefix)
 
     monkeypatch.setattr(PuzzleMoEConfig, "get_quant_method", with_feature)
+
+
+@pytest.mark.parametrize("feature", LAYER_FEATURES)
+def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, message = LAYER_FEATURES[feature]
+    change_layers(monkeypatch, change)
     message = rf"layers\.0\..*puzzlemoe does not support .*{message}"
     with pytest.raises(NotImplementedError, match=message), running(packed):
+        pass
+
+
+def test_ranks_that_would_split_a_pair(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = json.loads((packed / "config.json").read_text())["quantization_config"]["layers"][0]["experts"][0]
+    here = torch.full((8,), -1, dtype=torch.int32)
+    here[first] = 0
+    change_layers(monkeypatch, lambda layer: setattr(layer.expert_map_manager, "_expert_map", here))
+    message = f"only expert {first} on this rank; use a number of ranks that divides 2"
+    with pytest.raises(FormatError, match=message), running(packed):
         pass
 
 
