@@ -77,9 +77,8 @@ def test_config_provenance_tokenizer_and_card(source: Path, tmp_path: Path, cali
     assert "vllm serve packed --quantization puzzlemoe" in card
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
-    source: Path, tmp_path: Path, calibration: Path
-) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path, calibration: Path) -> None:
+    source = build_tiny("qwen3_moe", tmp_path / "source")
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         options = ["--calibration", str(calibration), "--seed", seed]
         assert main(["convert", str(source), str(tmp_path / name), *options]) == 0
