@@ -32,8 +32,8 @@ from .writer import check_destination, new_checkpoint
 Report = Callable[[str], None]
 """Takes one sentence for the user."""
 
-Progress = Callable[[int], None]
-"""Takes the number of source bytes that were dealt with since the last call."""
+Progress = Callable[[int, int], None]
+"""Takes how many bytes were dealt with since the last call, and how many there are in all."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def convert(
                     reports.append(LayerReport(layer, slots[layer].pairs, statistics))
             writer.add_shard(tensors)
             expert_bytes_after += sum(tensor.nbytes for name, tensor in tensors.items() if parse_packed_name(name))
-            progress(sum(checkpoint.tensors[name].num_bytes for name in names))
+            progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
         writer.add_index()
         quantization = PuzzleMoEQuantizationConfig(
             num_experts=shape.num_experts,

@@ -32,7 +32,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
                 for member, expert_name in enumerate(members):
                     tensors[expert_name] = unpack(words, member, packed.layout)
             writer.add_shard(tensors)
-            progress(sum(checkpoint.tensors[name].num_bytes for name in names))
+            progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
         writer.add_index()
         config = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
         writer.add_json("config.json", config)

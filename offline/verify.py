@@ -46,7 +46,7 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
             _check_packed(name, tensor, sources, packed)
             packed_count += 1
         seen.update(names)
-        progress(packed.checkpoint.tensors[name].num_bytes)
+        progress(packed.checkpoint.tensors[name].num_bytes, packed.checkpoint.num_bytes)
     missing = sorted(set(original.tensors) - seen)
     if missing:
         raise CheckpointError(f"{packed_path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")

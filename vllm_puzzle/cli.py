@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,7 +61,6 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from vllm_puzzle.offline.checkpoint import Checkpoint
     from vllm_puzzle.offline.convert import ConvertOptions, convert
 
     options = ConvertOptions(
@@ -72,8 +72,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         max_expert_parallel=arguments.max_expert_parallel,
         seed=arguments.seed,
     )
-    with _progress(Checkpoint(arguments.source).num_bytes, "converting") as bar:
-        result = convert(arguments.source, arguments.destination, options, _say, bar.update)
+    with _progress("converting") as progress:
+        result = convert(arguments.source, arguments.destination, options, _say, progress)
     print(
         f"{arguments.destination}: experts {result.expert_bytes_before:,} -> {result.expert_bytes_after:,} bytes, "
         f"checkpoint {result.checkpoint_bytes_before:,} -> {result.checkpoint_bytes_after:,} bytes, "
@@ -88,11 +88,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from vllm_puzzle.offline.checkpoint import Checkpoint
     from vllm_puzzle.offline.verify import verify
 
-    with _progress(Checkpoint(arguments.packed).num_bytes, "verifying") as bar:
-        result = verify(arguments.source, arguments.packed, bar.update)
+    with _progress("verifying") as progress:
+        result = verify(arguments.source, arguments.packed, progress)
     print(
         f"{arguments.packed}: {result.untouched} tensors equal to the source's bit for bit, "
         f"{result.packed} packed tensors within their rule"
@@ -106,11 +105,10 @@ def _add_unpack(parser: argparse.ArgumentParser) -> None:
 
 
 def _unpack(arguments: argparse.Namespace) -> None:
-    from vllm_puzzle.offline.checkpoint import Checkpoint
     from vllm_puzzle.offline.unpack import unpack_checkpoint
 
-    with _progress(Checkpoint(arguments.packed).num_bytes, "unpacking") as bar:
-        unpack_checkpoint(arguments.packed, arguments.destination, bar.update)
+    with _progress("unpacking") as progress:
+        unpack_checkpoint(arguments.packed, arguments.destination, progress)
     print(f"{arguments.destination}: every expert in BF16 under its own name")
 
 
@@ -121,9 +119,16 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
 }
 
 
-def _progress(num_bytes: int, verb: str) -> "tqdm[None]":
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
     # disable=None: no bar where standard error is not a terminal.
-    return tqdm(total=num_bytes, desc=verb, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+    with tqdm(desc=verb, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+
+        def advance(num_bytes: int, total: int) -> None:
+            bar.total = total
+            bar.update(num_bytes)
+
+        yield advance
 
 
 def _say(sentence: str) -> None:

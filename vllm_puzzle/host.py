@@ -2,7 +2,6 @@
 
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -17,7 +16,6 @@ logger = init_logger("vllm.plugins.puzzlemoe")
 __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
-    "MoEActivation",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",

@@ -7,17 +7,14 @@ import torch
 from .format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
 from .host import (
     FusedMoEMethodBase,
-    MoEActivation,
     RoutedExperts,
     current_platform,
     get_current_vllm_config,
     logger,
     set_weight_attrs,
 )
-from .kernels import packed_moe as _register_operator  # noqa: F401
+from .kernels import ACTIVATIONS
 from .loader import PackedExpertLoader
-
-_ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
@@ -131,12 +128,11 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
 def _refuse_unsupported(layer: RoutedExperts) -> None:
     moe = layer.moe_config
-    supported = [activation.value for activation in _ACTIVATIONS]
+    activation = layer.activation.value
     vllm_config = get_current_vllm_config()
     eager = vllm_config.model_config is None or vllm_config.model_config.enforce_eager
     refusals = {
-        f"activation {layer.activation.value} (supported: {', '.join(supported)})": layer.activation
-        not in _ACTIVATIONS,
+        f"activation {activation} (supported: {', '.join(ACTIVATIONS)})": activation not in ACTIVATIONS,
         "biases in the experts": moe.has_bias,
         "a SwiGLU limit, alpha or beta": any(
             value is not None for value in (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
