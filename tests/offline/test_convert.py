@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny
@@ -125,8 +126,6 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
 
 def test_other_floating_types_become_bfloat16(tmp_path: Path) -> None:
     source = build_tiny("mixtral", tmp_path / "source")
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.float() for name, tensor in read_all(source).items()}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     assert main(["convert", str(source), str(tmp_path / "packed")]) == 0

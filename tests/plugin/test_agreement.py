@@ -22,7 +22,8 @@ from tests.plugin.engine import (
     running,
     witness,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, build_tiny
+from vllm_puzzle.cli import main
 
 PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 MAX_TOKENS = 64
@@ -116,9 +117,6 @@ def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:
 
 def test_fewer_pairs_run_too(tmp_path: Path) -> None:
     """25 %: slots of two members and of one in the same layer."""
-    from tests.tiny import build_tiny
-    from vllm_puzzle.cli import main
-
     source, packed, unpacked = tmp_path / "source", tmp_path / "packed", tmp_path / "unpacked"
     build_tiny("qwen3_moe", source)
     assert main(["convert", str(source), str(packed), "--compression", "25"]) == 0
