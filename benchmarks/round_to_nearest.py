@@ -50,9 +50,7 @@ def round_experts(source: Path, destination: Path, to: Format) -> None:
     check_destination(destination, checkpoint.num_bytes)
     experts = expected_experts(shape)
     rounding = round_to_fp8 if to == "fp8" else round_to_int4
-    shards: dict[str, list[str]] = {}
-    for name, info in sorted(checkpoint.tensors.items()):
-        shards.setdefault(info.shard, []).append(name)
+    shards = checkpoint.by_shard(sorted(checkpoint.tensors))
     with new_checkpoint(destination, len(shards)) as writer:
         for names in shards.values():
             tensors = checkpoint.read(names)

@@ -60,13 +60,17 @@ class Checkpoint:
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
+    def by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The given tensor names, grouped by the shard that holds them, in the order given."""
+        shards: dict[str, list[str]] = {}
+        for name in names:
+            shards.setdefault(self.tensors[name].shard, []).append(name)
+        return shards
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, copied out of their shards; raises CheckpointError where one cannot be read."""
-        by_shard: dict[str, list[str]] = {}
-        for name in names:
-            by_shard.setdefault(self.tensors[name].shard, []).append(name)
         tensors = {}
-        for shard, wanted in by_shard.items():
+        for shard, wanted in self.by_shard(names).items():
             with _open(self.path / shard) as file:
                 for name in wanted:
                     try:

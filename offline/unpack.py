@@ -18,9 +18,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
     packed = PackedCheckpoint(source)
     checkpoint = packed.checkpoint
     check_destination(destination, 2 * checkpoint.num_bytes)
-    shards: dict[str, list[str]] = {}
-    for name in sorted(checkpoint.tensors):
-        shards.setdefault(checkpoint.tensors[name].shard, []).append(name)
+    shards = checkpoint.by_shard(sorted(checkpoint.tensors))
     with new_checkpoint(destination, len(shards)) as writer:
         for names in shards.values():
             tensors = checkpoint.read(names)
