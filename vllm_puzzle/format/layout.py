@@ -1,8 +1,13 @@
-"""The bit layout of a packed word: the one place that knows which bit means what."""
+"""The bit layout of a packed word: the one place that knows which bit means what.
+
+The build of the CPU engine loads this file by path, where there is no torch yet.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 BF16_MANTISSA_BITS = 7
 BF16_EXPONENT_BIAS = 127
@@ -21,12 +26,18 @@ class WordLayout:
     """
 
     bits: int
-    dtype: torch.dtype
     sign_bits: tuple[int, int]
     mask_bits: tuple[int, int]
     exponent_bits: int
     mantissa_bits: int
     exponent_offset: int
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The integer that holds a word."""
+        import torch
+
+        return {16: torch.int16}[self.bits]
 
     @property
     def magnitude_mask(self) -> int:
@@ -53,7 +64,6 @@ class WordLayout:
 # PuzzleMoE, Algorithm 1 (arXiv 2511.04805), with the exponent moved by one so that zero has a code of its own.
 WORD16 = WordLayout(
     bits=16,
-    dtype=torch.int16,
     sign_bits=(15, 14),
     mask_bits=(13, 12),
     exponent_bits=5,

@@ -1,0 +1,74 @@
+"""Adds the compiled CPU engine to the package; everything else about the build stands in pyproject.toml."""
+
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+_PACKAGE = Path("vllm_puzzle", "kernels", "cpu")
+
+
+def _load_builder():
+    # By path: importing the package would need torch, which an isolated build does not have.
+    spec = importlib.util.spec_from_file_location("_puzzlemoe_build", _PACKAGE / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildCpuEngine(Command):
+    """Compiles the shared library, into the source tree for an editable install and into the wheel otherwise."""
+
+    user_options = []
+
+    def initialize_options(self):
+        self.build_lib = None
+        self.editable_mode = False
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            self.announce("The CPU engine is for Linux on x86-64 and is left out here.", level=3)
+            return
+        builder = _load_builder()
+        root = Path() if self.editable_mode else Path(self.build_lib)
+        try:
+            builder.build_library(root / _PACKAGE / builder.LIBRARY_NAME)
+        except builder.BuildError as error:
+            raise SystemExit(str(error)) from None
+
+    def get_source_files(self):
+        return sorted(map(str, (_PACKAGE / "csrc").iterdir()))
+
+    def get_outputs(self):
+        return [str(Path(self.build_lib) / _PACKAGE / _load_builder().LIBRARY_NAME)]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class BuildWithCpuEngine(build):
+    sub_commands = [*build.sub_commands, ("build_cpu_engine", None)]
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        # Bound to the platform, but through ctypes: any Python will do.
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    distclass=PlatformDistribution,
+    cmdclass={"build": BuildWithCpuEngine, "build_cpu_engine": BuildCpuEngine, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,60 @@
+"""Which engine computes: by device and dtype, or as the environment says."""
+
+import os
+
+import torch
+
+from .cpu import Isa, unusable, usable_isas
+from .errors import EngineError
+
+REFERENCE = "reference"
+_CPU_ENGINES = {f"cpu-{isa.name.lower()}": isa for isa in Isa}
+ENGINES = (REFERENCE, *_CPU_ENGINES)
+
+
+def cpu_isa(engine: str) -> Isa | None:
+    """The ISA level of a CPU engine's name, None for the other engines."""
+    return _CPU_ENGINES.get(engine)
+
+
+def choose_engine(device: torch.device, dtype: torch.dtype) -> str:
+    """The engine for activations of `dtype` on `device`.
+
+    $VLLM_PUZZLE_ENGINE is auto (the CPU engine on a CPU, the reference engine elsewhere), cpu or reference.
+    $VLLM_PUZZLE_CPU_ISA is auto (the most capable level that the CPU and the kernel allow) or a level's name; float16
+    and float32 activations are for the portable level. What cannot be had is refused, never replaced.
+
+    Returns:
+        One of ENGINES.
+
+    Raises:
+        EngineError: an engine or level that does not exist, or cannot be used here or with `dtype`.
+    """
+    asked = os.environ.get("VLLM_PUZZLE_ENGINE", "auto")
+    if asked not in ("auto", "cpu", REFERENCE):
+        raise EngineError(f"VLLM_PUZZLE_ENGINE={asked} is not an engine; choose auto, cpu or reference")
+    if asked == "cpu" and device.type != "cpu":
+        raise EngineError(f"VLLM_PUZZLE_ENGINE=cpu cannot compute on {device.type}; choose auto or reference")
+    if asked == REFERENCE or device.type != "cpu":
+        return REFERENCE
+    return f"cpu-{_choose_isa(dtype).name.lower()}"
+
+
+def _choose_isa(dtype: torch.dtype) -> Isa:
+    asked = os.environ.get("VLLM_PUZZLE_CPU_ISA", "auto")
+    levels = ", ".join(isa.name.lower() for isa in Isa)
+    if asked == "auto":
+        return usable_isas()[-1] if dtype == torch.bfloat16 else Isa.PORTABLE
+    isa = _CPU_ENGINES.get(f"cpu-{asked}")
+    if isa is None:
+        raise EngineError(f"VLLM_PUZZLE_CPU_ISA={asked} is not a level; choose auto, {levels}")
+    if reason := unusable(isa):
+        usable = ", ".join(level.name.lower() for level in usable_isas())
+        raise EngineError(f"VLLM_PUZZLE_CPU_ISA={asked} cannot be used: {reason}; this machine can use {usable}")
+    if dtype != torch.bfloat16 and isa is not Isa.PORTABLE:
+        name = str(dtype).removeprefix("torch.")
+        raise EngineError(
+            f"VLLM_PUZZLE_CPU_ISA={asked} computes in bfloat16 and the model runs in {name}; choose auto or portable, "
+            f"or serve with --dtype bfloat16"
+        )
+    return isa

@@ -1,0 +1,176 @@
+// Kernels for AVX512-BF16: words decoded 32 at a time, products and pair sums by vdpbf16ps.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "moe.h"
+#include "word.h"
+
+namespace {
+
+struct Avx512Bf16 {
+    using Act = uint16_t;
+    // 12 rows x 2 tiles are 24 sums; 32 registers leave room for two tiles and a broadcast.
+    static constexpr int kChunk = 12;
+    // Up to here decoding in registers, once for all rows, beats storing what was decoded.
+    static constexpr int kMostPacked = 10;
+    // How far ahead words are asked for, in K-steps of 2 KB: about what memory delivers in its own latency.
+    static constexpr int kStepsAhead = 2;
+
+    static void begin() {}
+    static void end() {}
+    static bool takes_packed(int32_t n0, int32_t n1) { return n0 + n1 <= kMostPacked; }
+
+    static void packed(const uint16_t* words, const uint16_t* next, int steps, const uint16_t* a, int32_t n0,
+                       int32_t n1, int64_t stride, float* c, uint16_t*) {
+        kPacked[n0][n1](words, next, steps, a, stride, c);
+    }
+
+    static void decode(const uint16_t* words, const uint16_t* next, int steps, uint16_t* d0, uint16_t* d1) {
+        for (int step = 0; step < steps; ++step) {
+            const int64_t place = int64_t(step) * kStepWords;
+            decode_step(words, next, step, steps, d0 ? d0 + place : nullptr, d1 ? d1 + place : nullptr);
+        }
+    }
+
+    // Decodes one K-step; `d0` and `d1` are where this step's words go.
+    static void decode_step(const uint16_t* words, const uint16_t* next, int step, int steps, uint16_t* d0,
+                            uint16_t* d1) {
+        const uint16_t* from = words + int64_t(step) * kStepWords;
+        const uint16_t* ahead = words_ahead(words, next, step, steps);
+        for (int i = 0; i < kStepWords; i += kPairWords) {
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+            const __m512i w = _mm512_loadu_si512(from + i);
+            if (d0) _mm512_storeu_si512(d0 + i, member<0>(w));
+            if (d1) _mm512_storeu_si512(d1 + i, member<1>(w));
+        }
+    }
+
+    static void dense(const uint16_t* decoded, int steps, const uint16_t* a, int n, int64_t stride, float* c,
+                      const uint16_t* ahead) {
+        kDense[n](decoded, steps, a, stride, c, ahead);
+    }
+
+    static const uint16_t* words_ahead(const uint16_t* words, const uint16_t* next, int step, int steps) {
+        const int ahead = step + kStepsAhead;
+        return ahead < steps ? words + int64_t(ahead) * kStepWords : next + int64_t(ahead - steps) * kStepWords;
+    }
+
+    // Into the L2 cache: a block is as large as most L1 caches.
+    static void prefetch_step(const uint16_t* words) {
+        for (int i = 0; i < kStepWords; i += kPairWords)
+            _mm_prefetch(reinterpret_cast<const char*>(words + i), _MM_HINT_T1);
+    }
+
+   private:
+    // Four operations for member 0, five for member 1, eight for both: the magnitude is shared.
+    template <int which>
+    static __m512i member(__m512i w) {
+        const __m512i magnitude = _mm512_and_si512(w, _mm512_set1_epi16(kMagnitudeMask));
+        const __mmask32 here = _mm512_test_epi16_mask(w, _mm512_set1_epi16(kMask[which]));
+        const __m512i bf16 = _mm512_maskz_add_epi16(here, magnitude, _mm512_set1_epi16(kRebias));
+        const __m512i sign = which == 0 ? w : _mm512_add_epi16(w, w);
+        // bf16 | (sign & 0x8000); the format keeps the sign of an absent weight clear.
+        return _mm512_ternarylogic_epi32(bf16, sign, _mm512_set1_epi16(int16_t(kBf16Sign)), 0xF8);
+    }
+
+    static __m512 multiply_add(__m512 sum, __m512i weights, __m512i x) {
+        return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(x), bits_as<__m512bh>(weights));
+    }
+
+    static __m512i broadcast(const uint16_t* two) {
+        int32_t value;
+        std::memcpy(&value, two, sizeof(value));
+        return _mm512_set1_epi32(value);
+    }
+
+    template <int kRows0, int kRows1>
+    static void packed_rows(const uint16_t* words, const uint16_t* next, int steps, const uint16_t* a, int64_t stride,
+                            float* c) {
+        constexpr int kRows = kRows0 + kRows1;
+        __m512 sum[kRows > 0 ? kRows : 1][2];
+        for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        for (int step = 0; step < steps; ++step) {
+            const uint16_t* tile = words + int64_t(step) * kStepWords;
+            const uint16_t* ahead = words_ahead(words, next, step, steps);
+            const uint16_t* x = a + step * kStepColumns;
+            for (int pair = 0; pair < kPairsPerStep; ++pair, tile += kPairWords, ahead += 2 * kPairWords, x += 2) {
+                _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(ahead + kPairWords), _MM_HINT_T0);
+                const __m512i w[2] = {_mm512_loadu_si512(tile), _mm512_loadu_si512(tile + kTileWords)};
+                __m512i weights[2][2];
+                for (int t = 0; t < 2; ++t) {
+                    if (kRows0) weights[0][t] = member<0>(w[t]);
+                    if (kRows1) weights[1][t] = member<1>(w[t]);
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const __m512i both = broadcast(x + r * stride);
+                    for (int t = 0; t < 2; ++t) sum[r][t] = multiply_add(sum[r][t], weights[r >= kRows0][t], both);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < 2; ++t) _mm512_storeu_ps(c + r * kBlockRows + t * kTileRows, sum[r][t]);
+    }
+
+    template <int kRows>
+    static void dense_rows(const uint16_t* decoded, int steps, const uint16_t* a, int64_t stride, float* c,
+                           const uint16_t* ahead) {
+        __m512 sum[kRows][2];
+        for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        for (int step = 0; step < steps; ++step) {
+            const uint16_t* tile = decoded + int64_t(step) * kStepWords;
+            const uint16_t* x = a + step * kStepColumns;
+            if (ahead) prefetch_step(ahead + int64_t(step) * kStepWords);
+            for (int pair = 0; pair < kPairsPerStep; ++pair, tile += kPairWords, x += 2) {
+                const __m512i w[2] = {_mm512_loadu_si512(tile), _mm512_loadu_si512(tile + kTileWords)};
+#pragma GCC unroll 16
+                for (int r = 0; r < kRows; ++r) {
+                    const __m512i both = broadcast(x + r * stride);
+                    for (int t = 0; t < 2; ++t) sum[r][t] = multiply_add(sum[r][t], w[t], both);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < 2; ++t) _mm512_storeu_ps(c + r * kBlockRows + t * kTileRows, sum[r][t]);
+    }
+
+    using Packed = void (*)(const uint16_t*, const uint16_t*, int, const uint16_t*, int64_t, float*);
+    using Dense = void (*)(const uint16_t*, int, const uint16_t*, int64_t, float*, const uint16_t*);
+
+    template <int kRows0, int... kRows1>
+    static constexpr void fill_packed(Packed (&row)[kMostPacked + 1], std::integer_sequence<int, kRows1...>) {
+        ((row[kRows1] = packed_rows<kRows0, kRows1>), ...);
+    }
+    template <int... kRows0>
+    static constexpr auto make_packed(std::integer_sequence<int, kRows0...>) {
+        PackedTable table{};
+        (fill_packed<kRows0>(table.row[kRows0], std::make_integer_sequence<int, kMostPacked + 1 - kRows0>()), ...);
+        return table;
+    }
+    template <int... kRows>
+    static constexpr auto make_dense(std::integer_sequence<int, kRows...>) {
+        return DenseTable{{nullptr, dense_rows<kRows + 1>...}};
+    }
+
+    struct PackedTable {
+        Packed row[kMostPacked + 1][kMostPacked + 1];
+        const Packed (&operator[](int n0) const)[kMostPacked + 1] { return row[n0]; }
+    };
+    struct DenseTable {
+        Dense rows[kChunk + 1];
+        Dense operator[](int n) const { return rows[n]; }
+    };
+    static const PackedTable kPacked;
+    static const DenseTable kDense;
+};
+
+const Avx512Bf16::PackedTable Avx512Bf16::kPacked =
+    Avx512Bf16::make_packed(std::make_integer_sequence<int, Avx512Bf16::kMostPacked + 1>());
+const Avx512Bf16::DenseTable Avx512Bf16::kDense =
+    Avx512Bf16::make_dense(std::make_integer_sequence<int, Avx512Bf16::kChunk>());
+
+}  // namespace

@@ -1,0 +1,107 @@
+// AMX: tiles of 16 rows x 32 columns of activations times tiles of decoded words, which are B operands as they lie.
+#include "avx512_bf16.h"
+#include "levels.h"
+#include "tile_registers.h"
+
+namespace {
+
+struct AmxBf16 {
+    using Act = uint16_t;
+    // Two tiles of activations by two of weights keep four sums: each loaded tile is used twice.
+    static constexpr int kChunk = 32;
+    // vdpbf16ps wins while a tile of 16 rows would be mostly empty.
+    static constexpr int kMostByLane = 4;
+
+    static void begin() { tiles_begin(); }
+    static void end() { tiles_end(); }
+    static bool takes_packed(int32_t n0, int32_t n1) { return n0 <= kTileRows && n1 <= kTileRows; }
+
+    // One chunk a member: what is decoded goes through a ring in the L1 cache, two K-steps ahead of the multiplier.
+    static void packed(const uint16_t* words, const uint16_t* next, int steps, const uint16_t* a, int32_t n0,
+                       int32_t n1, int64_t stride, float* c, uint16_t* scratch) {
+        if (n0 + n1 <= kMostByLane) {
+            Avx512Bf16::packed(words, next, steps, a, n0, n1, stride, c, scratch);
+            return;
+        }
+        constexpr int kRing = 4, kLead = 2;
+        uint16_t* ring[2] = {n0 ? scratch : nullptr, n1 ? scratch + kRing * kStepWords : nullptr};
+        const uint16_t* rows1 = a + n0 * stride;
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        for (int step = 0; step < steps + kLead; ++step) {
+            if (step < steps) {
+                const int64_t place = int64_t(step % kRing) * kStepWords;
+                Avx512Bf16::decode_step(words, next, step, steps, n0 ? ring[0] + place : nullptr,
+                                        n1 ? ring[1] + place : nullptr);
+            }
+            const int ready = step - kLead;
+            if (ready < 0) continue;
+            const int64_t place = int64_t(ready % kRing) * kStepWords;
+            if (n0) {
+                TILE_LOAD(4, a + ready * kStepColumns, stride * 2);
+                TILE_LOAD(6, ring[0] + place, 64);
+                TILE_LOAD(7, ring[0] + place + kTileWords, 64);
+                TILE_MULTIPLY_ADD(0, 4, 6);
+                TILE_MULTIPLY_ADD(1, 4, 7);
+            }
+            if (n1) {
+                TILE_LOAD(5, rows1 + ready * kStepColumns, stride * 2);
+                TILE_LOAD(6, ring[1] + place, 64);
+                TILE_LOAD(7, ring[1] + place + kTileWords, 64);
+                TILE_MULTIPLY_ADD(2, 5, 6);
+                TILE_MULTIPLY_ADD(3, 5, 7);
+            }
+        }
+        constexpr int64_t kRowBytes = kBlockRows * sizeof(float);
+        // Whole tiles are stored: member 1's, last, overwrite the rows that member 0 does not have.
+        TILE_STORE(0, c, kRowBytes);
+        TILE_STORE(1, c + kTileRows, kRowBytes);
+        TILE_STORE(2, c + n0 * kBlockRows, kRowBytes);
+        TILE_STORE(3, c + n0 * kBlockRows + kTileRows, kRowBytes);
+    }
+
+    static void decode(const uint16_t* words, const uint16_t* next, int steps, uint16_t* d0, uint16_t* d1) {
+        Avx512Bf16::decode(words, next, steps, d0, d1);
+    }
+
+    // Rows past n are read (kSpareRows) and their sums left unused.
+    static void dense(const uint16_t* decoded, int steps, const uint16_t* a, int n, int64_t stride, float* c,
+                      const uint16_t* ahead) {
+        constexpr int64_t kRowBytes = kBlockRows * sizeof(float);
+        const bool two = n > kTileRows;
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        for (int step = 0; step < steps; ++step) {
+            const uint16_t* tile = decoded + int64_t(step) * kStepWords;
+            if (ahead) Avx512Bf16::prefetch_step(ahead + int64_t(step) * kStepWords);
+            TILE_LOAD(6, tile, 64);
+            TILE_LOAD(7, tile + kTileWords, 64);
+            TILE_LOAD(4, a + step * kStepColumns, stride * 2);
+            TILE_MULTIPLY_ADD(0, 4, 6);
+            TILE_MULTIPLY_ADD(1, 4, 7);
+            if (two) {
+                TILE_LOAD(5, a + kTileRows * stride + step * kStepColumns, stride * 2);
+                TILE_MULTIPLY_ADD(2, 5, 6);
+                TILE_MULTIPLY_ADD(3, 5, 7);
+            }
+        }
+        TILE_STORE(0, c, kRowBytes);
+        TILE_STORE(1, c + kTileRows, kRowBytes);
+        if (two) {
+            TILE_STORE(2, c + kTileRows * kBlockRows, kRowBytes);
+            TILE_STORE(3, c + kTileRows * kBlockRows + kTileRows, kRowBytes);
+        }
+    }
+};
+
+}  // namespace
+
+namespace puzzlemoe {
+
+int64_t run_amx_bf16(const PuzzleMoeCall& call) { return Moe<AmxBf16>(call).run(); }
+
+}  // namespace puzzlemoe

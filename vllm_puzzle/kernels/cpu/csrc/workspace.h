@@ -1,0 +1,74 @@
+// Where the intermediate results of a call lie in its workspace.
+#pragma once
+
+#include "abi.h"
+#include "tiles.h"
+
+namespace puzzlemoe {
+
+// The choices of one slot: its rows in the gathered order, member 0 first.
+struct Group {
+    int32_t slot;
+    int32_t begin;
+    int32_t count[2];
+};
+
+// Rows that kernels may read, never use, past the last one: AMX loads 16 at a time and takes two loads a turn.
+constexpr int64_t kSpareRows = 32;
+// One cache line between rows, so that rows of 4 KB do not all compete for one set of the L1 cache.
+constexpr int64_t kRowGapBytes = 64;
+
+// Columns that a thread's decoded block has room for even where the matrices are narrower: AMX's ring of K-steps.
+constexpr int64_t kLeastColumns = 4 * kStepColumns;
+
+struct Workspace {
+    int64_t num_rows;      // token-choice pairs at the most
+    int64_t x_stride;      // elements between gathered activations
+    int64_t inner_stride;  // elements between inner activations
+    int32_t* row_begin;    // (2 * num_slots + 1) first row of each expert
+    Group* groups;         // (num_slots)
+    int32_t* row_token;    // (num_rows)
+    float* row_weight;     // (num_rows)
+    char* x;               // (num_rows + kSpareRows) x x_stride activations, gathered
+    char* inner;           // (num_rows + kSpareRows) x inner_stride
+    char* per_thread;      // num_threads x thread_bytes
+    int64_t thread_bytes;
+    int64_t decoded_words;  // of one member's block, at the start of a thread's part; the sums follow
+    int64_t total_bytes;
+};
+
+// `activation_bytes` is what the kernels of this ISA level keep an activation in: 2 (BF16) or 4 (float32).
+inline Workspace lay_out(const PuzzleMoeCall& call, int64_t activation_bytes) {
+    Workspace space{};
+    char* base = static_cast<char*>(call.workspace);
+    int64_t used = 0;
+    auto take = [&](int64_t bytes) {
+        char* place = base ? base + used : nullptr;
+        used += (bytes + 63) / 64 * 64;
+        return place;
+    };
+    const int64_t gap = kRowGapBytes / activation_bytes;
+    space.num_rows = call.num_tokens * call.top_k;
+    space.x_stride = call.padded_hidden + gap;
+    space.inner_stride = call.padded_intermediate + gap;
+    space.row_begin = reinterpret_cast<int32_t*>(take((2 * call.num_slots + 1) * sizeof(int32_t)));
+    space.groups = reinterpret_cast<Group*>(take(call.num_slots * sizeof(Group)));
+    space.row_token = reinterpret_cast<int32_t*>(take(space.num_rows * sizeof(int32_t)));
+    space.row_weight = reinterpret_cast<float*>(take(space.num_rows * sizeof(float)));
+    space.x = take((space.num_rows + kSpareRows) * space.x_stride * activation_bytes);
+    space.inner = take((space.num_rows + kSpareRows) * space.inner_stride * activation_bytes);
+    const int64_t columns =
+        call.padded_hidden > call.padded_intermediate ? call.padded_hidden : call.padded_intermediate;
+    space.decoded_words = (columns > kLeastColumns ? columns : kLeastColumns) * kBlockRows;
+    space.thread_bytes = 2 * space.decoded_words * int64_t(sizeof(uint16_t)) +
+                         (call.num_tokens * kBlockRows * int64_t(sizeof(float)) + 63) / 64 * 64;
+    space.per_thread = take(space.thread_bytes * call.num_threads);
+    space.total_bytes = used;
+    return space;
+}
+
+// Sorts the token-choice pairs by slot and member. Returns the number of slots that have any, or -1 for an id out of
+// range. Ids of -1 and experts that are not here are left out.
+int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space);
+
+}  // namespace puzzlemoe

@@ -1,0 +1,156 @@
+"""The CPU engine: packed slots in tile order, multiplied by the compiled kernels."""
+
+import ctypes
+import math
+import mmap
+import threading
+import warnings
+
+import torch
+
+from .library import Isa, PackedMoeCall, load_library
+
+# Rows and columns come in blocks of 32 (csrc/tiles.h).
+_BLOCK = 32
+_CACHE_LINE = 64
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+class _Workspace:
+    """The one buffer that all layers of the process share, since they run one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.address = 0
+        self.num_bytes = 0
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def grow(self, num_bytes: int) -> None:
+        if num_bytes > self.num_bytes:
+            # The old one goes first: both at once would be a peak that nobody asked for.
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(num_bytes + _CACHE_LINE, dtype=torch.uint8)
+            self.address = -(-self._buffer.data_ptr() // _CACHE_LINE) * _CACHE_LINE
+            self.num_bytes = num_bytes
+
+
+_workspace = _Workspace()
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to the next multiple of 32, which is what the kernels compute in."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def empty_slots(num_slots: int, rows: int, columns: int) -> torch.Tensor:
+    """Zero words for slots that are still to be loaded, on huge pages: decoding is one stream through memory.
+
+    Returns:
+        (num_slots, rows, columns), int16.
+    """
+    shape = (num_slots, rows, columns)
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=torch.int16)
+    memory = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        warnings.warn(f"packed experts lie on small pages, which slows them down: {error}", stacklevel=2)
+    return torch.frombuffer(memory, dtype=torch.int16).view(shape)
+
+
+def tile_slots_(w13: torch.Tensor, w2: torch.Tensor) -> None:
+    """Puts words into the order in which the kernels read them, in place, with a copy of one slot at a time.
+
+    Args:
+        w13: (num_slots, 2 * padded intermediate_size, padded hidden_size), int16, gate rows above up rows.
+        w2: (num_slots, padded hidden_size, padded intermediate_size), int16.
+
+    Raises:
+        ValueError: sizes that are not multiples of 32, or tensors that are not contiguous int16.
+    """
+    half = w13.shape[1] // 2
+    for name, words, rows in (("w13", w13, half), ("w2", w2, w2.shape[1])):
+        if rows % _BLOCK or words.shape[2] % _BLOCK or not words.is_contiguous() or words.dtype != torch.int16:
+            raise ValueError(
+                f"{name} must be contiguous int16 words in sizes that are multiples of {_BLOCK}; it is {words.dtype} "
+                f"{list(words.shape)}"
+            )
+    library = load_library()
+    scratch = torch.empty(max(w13.shape[1] * w13.shape[2], w2.shape[1] * w2.shape[2]), dtype=torch.int16)
+    for words, first_step, second_begin in ((w13, _BLOCK // 2, half), (w2, _BLOCK, _BLOCK // 2)):
+        for slot in words:
+            library.puzzlemoe_tile_slot(
+                slot.data_ptr(), scratch.data_ptr(), words.shape[1], words.shape[2], first_step, second_begin
+            )
+
+
+def reserve_workspace(isa: Isa, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
+    """Makes room for calls of up to `max_num_tokens` tokens with these weights; a larger call makes its own."""
+    num_slots, padded_hidden, padded_intermediate = w2.shape
+    library = load_library()
+    sizes = PackedMoeCall(
+        num_tokens=max_num_tokens,
+        top_k=top_k,
+        num_slots=num_slots,
+        padded_hidden=padded_hidden,
+        padded_intermediate=padded_intermediate,
+        isa=isa,
+        num_threads=library.puzzlemoe_num_threads(),
+    )
+    with _workspace.lock:
+        _workspace.grow(library.puzzlemoe_workspace_bytes(ctypes.addressof(sizes)))
+
+
+def cpu_moe(
+    isa: Isa,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    slot_of_expert: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    apply_router_weight_on_input: bool,
+) -> torch.Tensor:
+    """See `packed_moe`; w13 and w2 are as `tile_slots_` left them. The result depends on no number of threads."""
+    x = x.contiguous()
+    topk_ids = topk_ids.contiguous()
+    topk_weights = topk_weights.to(torch.float32).contiguous()
+    num_slots, padded_hidden, padded_intermediate = w2.shape
+    output = torch.empty_like(x)
+    library = load_library()
+    with _workspace.lock:
+        call = PackedMoeCall(
+            x.data_ptr(),
+            w13.data_ptr(),
+            w2.data_ptr(),
+            slot_of_expert.data_ptr(),
+            topk_weights.data_ptr(),
+            topk_ids.data_ptr(),
+            output.data_ptr(),
+            _workspace.address,
+            _workspace.num_bytes,
+            x.shape[0],
+            x.shape[1],
+            padded_hidden,
+            padded_intermediate,
+            num_slots,
+            slot_of_expert.shape[0],
+            topk_ids.shape[1],
+            topk_ids.dtype == torch.int64,
+            _DTYPES[x.dtype],
+            _ACTIVATIONS[activation],
+            apply_router_weight_on_input,
+            isa,
+            library.puzzlemoe_num_threads(),
+        )
+        result = library.puzzlemoe_packed_moe(ctypes.addressof(call))
+        if result > 0:
+            _workspace.grow(result)
+            call.workspace, call.workspace_bytes = _workspace.address, _workspace.num_bytes
+            result = library.puzzlemoe_packed_moe(ctypes.addressof(call))
+    if result < 0:
+        raise ValueError(f"topk_ids holds {int(topk_ids.max())}, there are {slot_of_expert.shape[0]} experts")
+    return output
