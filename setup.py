@@ -4,6 +4,7 @@ import importlib.util
 import platform
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -23,7 +24,7 @@ def _load_builder():
 class BuildCpuEngine(Command):
     """Compiles the shared library, into the source tree for an editable install and into the wheel otherwise."""
 
-    user_options = []
+    user_options: ClassVar = []
 
     def initialize_options(self):
         self.build_lib = None
@@ -54,7 +55,7 @@ class BuildCpuEngine(Command):
 
 
 class BuildWithCpuEngine(build):
-    sub_commands = [*build.sub_commands, ("build_cpu_engine", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_cpu_engine", None)]
 
 
 class PlatformDistribution(Distribution):

@@ -23,12 +23,17 @@ class PackedExpertLoader:
         projections: dict[str, str],
         full_shapes: dict[str, tuple[int, int]],
         tp_rank: int,
+        tp_size: int,
     ) -> None:
-        """`projections` and `full_shapes` give, by shard id, the name on disk and the shape before it is split."""
+        """`projections` and `full_shapes` give, by shard id, the name on disk and the shape before it is split.
+
+        The parameters may have more rows and columns than this rank's part; those become zero.
+        """
         self._layer_name = layer_name
         self._projections = projections
         self._full_shapes = full_shapes
         self._tp_rank = tp_rank
+        self._tp_size = tp_size
         self._slots = slots
         self._position = {slots.members(slot)[0]: index for index, slot in enumerate(local_slots)}
         self._first_members = {slots.members(slot)[0] for slot in range(slots.num_slots)}
@@ -62,14 +67,16 @@ class PackedExpertLoader:
                 f"{list(full_shape)}; convert the source checkpoint again"
             )
         target = param.data[self._position[expert_id]]
-        if shard_id == "w2":
-            width = target.shape[1]
-            part = loaded_weight.narrow(1, self._tp_rank * width, width)
-        else:
-            height = target.shape[0] // 2
-            target = target.narrow(0, 0 if shard_id == "w1" else height, height)
-            part = loaded_weight.narrow(0, self._tp_rank * height, height)
-        target.copy_(part)
+        if shard_id != "w2":
+            half = target.shape[0] // 2
+            target = target.narrow(0, 0 if shard_id == "w1" else half, half)
+        split = 1 if shard_id == "w2" else 0
+        size = full_shape[split] // self._tp_size
+        part = loaded_weight.narrow(split, self._tp_rank * size, size)
+        if part.shape != target.shape:
+            # On a reload the words lie in the engine's order, and none of them need be zero where padding belongs.
+            target.zero_()
+        target[: part.shape[0], : part.shape[1]].copy_(part)
         self._loaded.add((expert_id, shard_id))
         return True if return_success else None
 

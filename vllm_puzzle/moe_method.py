@@ -13,7 +13,8 @@ from .host import (
     logger,
     set_weight_attrs,
 )
-from .kernels import ACTIVATIONS
+from .kernels import ACTIVATIONS, choose_engine, cpu_isa
+from .kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
 from .loader import PackedExpertLoader
 
 
@@ -22,11 +23,13 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
     Raises:
         NotImplementedError: the model or its configuration needs something that is not supported, by name.
+        EngineError: the environment asks for an engine that cannot be had.
         FormatError: expert parallelism would split a pair, or the sizes are not the checkpoint's.
     """
 
     def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
+        self._engine = choose_engine(torch.device(current_platform.device_type), layer.moe_config.in_dtype)
         _refuse_unsupported(layer)
         if layer.global_num_experts != slots.num_experts:
             raise FormatError(
@@ -46,8 +49,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"with a larger --max-expert-parallel"
             ) from None
         self._loader: PackedExpertLoader | None = None
-        self._dummy_weights = get_current_vllm_config().load_config.load_format == "dummy"
-        logger.info_once("Routed experts run from packed pairs on the reference engine (torch).")
+        vllm_config = get_current_vllm_config()
+        self._dummy_weights = vllm_config.load_config.load_format == "dummy"
+        self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine)
 
     def create_weights(
         self,
@@ -81,26 +86,38 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 "w2": (hidden, intermediate),
             },
             tp_rank=self.moe.tp_rank,
+            tp_size=self.moe.tp_size,
         )
         num_slots = len(self._local_slots)
-        dtype = word_layout(self._quantization.bits).dtype
-        shapes = {
-            "w13_weight_packed": (num_slots, 2 * intermediate_size_per_partition, hidden_size),
-            "w2_weight_packed": (num_slots, hidden_size, intermediate_size_per_partition),
-        }
-        for name, shape in shapes.items():
-            # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
-            parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+        # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
+        if cpu_isa(self._engine) is None:
+            dtype = word_layout(self._quantization.bits).dtype
+            w13 = torch.zeros(num_slots, 2 * intermediate_size_per_partition, hidden_size, dtype=dtype)
+            w2 = torch.zeros(num_slots, hidden_size, intermediate_size_per_partition, dtype=dtype)
+        else:
+            rows, columns = padded(intermediate_size_per_partition), padded(hidden_size)
+            w13 = empty_slots(num_slots, 2 * rows, columns)
+            w2 = empty_slots(num_slots, columns, rows)
+        for name, words in {"w13_weight_packed": w13, "w2_weight_packed": w2}.items():
+            parameter = torch.nn.Parameter(words, requires_grad=False)
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, {"weight_loader": self._loader})
         table = self._slots.slot_of_expert(self._local_slots)
         layer.register_buffer("slot_of_expert", table.to(layer.w13_weight_packed.device), persistent=False)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Raises FormatError where a packed tensor was not loaded, unless the weights are dummies."""
+        """Puts the words into the engine's order.
+
+        Raises:
+            FormatError: a packed tensor was not loaded, unless the weights are dummies.
+        """
         assert self._loader is not None
         if not self._dummy_weights:
             self._loader.finish()
+        isa = cpu_isa(self._engine)
+        if isa is not None:
+            tile_slots_(layer.w13_weight_packed, layer.w2_weight_packed)
+            reserve_workspace(isa, layer.w2_weight_packed, self._max_num_tokens, self.moe.experts_per_token)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
@@ -123,6 +140,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             topk_ids,
             self._activation,
             layer.apply_router_weight_on_input,
+            self._engine,
         )
 
 

@@ -57,7 +57,9 @@ def build_library(destination: Path, extra_flags: Sequence[str] = ()) -> None:
     name = os.environ.get("CXX", "g++")
     compiler = shutil.which(name)
     if compiler is None:
-        raise BuildError(f"the CPU engine needs a C++ compiler and there is no {name}; install g++ 11 or newer, or set CXX")
+        raise BuildError(
+            f"the CPU engine needs a C++ compiler and there is no {name}; install g++ 11 or newer, or set CXX"
+        )
     with tempfile.TemporaryDirectory() as folder:
         sources = sorted(_SOURCES.glob("*.cpp"))
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
@@ -86,7 +88,8 @@ def _layout_macros() -> list[str]:
 
 def _load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -4,8 +4,9 @@ import ctypes
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
-# The OpenMP runtime that the library asks for by soname is then the one that torch has loaded, and its pool torch's own.
+# The OpenMP runtime that the library names is then the one that torch has loaded, and its pool of threads torch's own.
 import torch  # noqa: F401
 
 from ..errors import EngineError
@@ -27,14 +28,14 @@ class Isa(IntEnum):
 class PackedMoeCall(ctypes.Structure):
     """`PuzzleMoeCall` of csrc/abi.h."""
 
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("x", "w13", "w2", "slot_of_expert", "topk_weights", "topk_ids", "output")]
-        + [("workspace", ctypes.c_void_p), ("workspace_bytes", ctypes.c_int64)]
-        + [(name, ctypes.c_int64) for name in ("num_tokens", "hidden_size", "padded_hidden", "padded_intermediate")]
-        + [(name, ctypes.c_int64) for name in ("num_slots", "num_experts", "top_k")]
-        + [(name, ctypes.c_int32) for name in ("ids_are_int64", "dtype", "activation", "weight_on_input")]
-        + [(name, ctypes.c_int32) for name in ("isa", "num_threads")]
-    )
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "slot_of_expert", "topk_weights", "topk_ids")),
+        *((name, ctypes.c_void_p) for name in ("output", "workspace")),
+        *((name, ctypes.c_int64) for name in ("workspace_bytes", "num_tokens", "hidden_size", "padded_hidden")),
+        *((name, ctypes.c_int64) for name in ("padded_intermediate", "num_slots", "num_experts", "top_k")),
+        *((name, ctypes.c_int32) for name in ("ids_are_int64", "dtype", "activation", "weight_on_input")),
+        *((name, ctypes.c_int32) for name in ("isa", "num_threads")),
+    ]
 
 
 @cache
