@@ -1,102 +1,39 @@
-"""The operator's contract, held against a float64 computation that shares no code with it."""
+"""The operator's contract, which every engine keeps."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional
 
-from vllm_puzzle.format import LayerSlots, pack, unpack
-from vllm_puzzle.kernels import packed_moe
+from tests.kernels.cases import Case
+from vllm_puzzle.kernels import REFERENCE, packed_moe
+from vllm_puzzle.kernels.cpu import usable_isas
 
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-
-
-def random_words(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    magnitude = torch.rand(shape, generator=generator) * 0.2
-    masks = [torch.rand(shape, generator=generator) < 0.75 for _ in range(2)]
-    signs = [torch.rand(shape, generator=generator) < 0.5 for _ in range(2)]
-    return pack(magnitude, masks, signs)
+CPU_ENGINES = [f"cpu-{isa.name.lower()}" for isa in usable_isas()]
+HERE = [REFERENCE, *CPU_ENGINES]
+# Which engines compute a dtype: see `choose_engine`.
+DTYPES = [(engine, torch.bfloat16) for engine in HERE] + [
+    (engine, dtype) for engine in (REFERENCE, "cpu-portable") for dtype in (torch.float16, torch.float32)
+]
 
 
-class Case:
-    """Random packed experts, tokens and routing."""
-
-    def __init__(
-        self,
-        num_tokens: int = 5,
-        num_experts: int = 8,
-        pairs: int = 3,
-        top_k: int = 2,
-        hidden_size: int = 32,
-        intermediate_size: int = 24,
-        dtype: torch.dtype = torch.bfloat16,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(num_experts, generator=generator).tolist()
-        self.slots = LayerSlots(layer=0, experts=order, pairs=pairs)
-        self.w13 = random_words(generator, self.slots.num_slots, 2 * intermediate_size, hidden_size)
-        self.w2 = random_words(generator, self.slots.num_slots, hidden_size, intermediate_size)
-        self.slot_of_expert = self.slots.slot_of_expert()
-        self.x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
-        self.topk_weights = torch.rand(num_tokens, top_k, generator=generator)
-        chosen = [torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)]
-        self.topk_ids = torch.stack(chosen).int() if chosen else torch.empty(0, top_k, dtype=torch.int32)
-
-    def run(self, activation: str = "silu", on_input: bool = False) -> torch.Tensor:
-        return packed_moe(
-            self.x,
-            self.w13,
-            self.w2,
-            self.slot_of_expert,
-            self.topk_weights,
-            self.topk_ids,
-            activation,
-            on_input,
-        )
-
-    def expected(self, activation: str = "silu", on_input: bool = False) -> torch.Tensor:
-        """Token by token, choice by choice, in float64."""
-        activate = {
-            "silu": functional.silu,
-            "gelu": functional.gelu,
-            "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
-        }[activation]
-        output = torch.zeros(self.x.shape, dtype=torch.float64)
-        for token in range(self.x.shape[0]):
-            for expert, weight in zip(
-                self.topk_ids[token].tolist(), self.topk_weights[token].double().tolist(), strict=True
-            ):
-                code = -1 if expert < 0 else int(self.slot_of_expert[expert])
-                if code < 0:
-                    continue
-                w13, w2 = (unpack(words[code // 2], code % 2).double() for words in (self.w13, self.w2))
-                gate, up = w13[: len(w13) // 2], w13[len(w13) // 2 :]
-                row = self.x[token].double() * (weight if on_input else 1.0)
-                inner = activate(gate @ row) * (up @ row)
-                output[token] += (w2 @ inner) * (1.0 if on_input else weight)
-        return output
-
-    def check(self, activation: str = "silu", on_input: bool = False) -> None:
-        got, expected = self.run(activation, on_input), self.expected(activation, on_input)
-        assert got.dtype == self.x.dtype
-        assert got.shape == self.x.shape
-        scale = expected.abs().max().item() if expected.numel() else 0.0
-        assert torch.allclose(got.double(), expected, rtol=0, atol=TOLERANCE[self.x.dtype] * scale)
+SIZES = st.one_of(st.integers(1, 100), st.integers(1, 8).map(lambda blocks: 32 * blocks))
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize(("engine", "dtype"), DTYPES)
+@settings(deadline=None, max_examples=25)
 @given(
-    num_tokens=st.integers(0, 20),
-    num_experts=st.integers(1, 12),
+    num_tokens=st.one_of(st.integers(0, 20), st.integers(0, 150)),
+    num_experts=st.one_of(st.integers(1, 12), st.integers(1, 256)),
     share=st.floats(0, 0.5),
-    hidden_size=st.integers(1, 40),
-    intermediate_size=st.integers(1, 40),
+    hidden_size=SIZES,
+    intermediate_size=SIZES,
     seed=st.integers(0, 2**32 - 1),
     data=st.data(),
 )
 def test_random_shapes(
+    engine: str,
+    dtype: torch.dtype,
     num_tokens: int,
     num_experts: int,
     share: float,
@@ -105,64 +42,114 @@ def test_random_shapes(
     seed: int,
     data: st.DataObject,
 ) -> None:
-    top_k = data.draw(st.integers(1, num_experts))
+    top_k = data.draw(st.integers(1, min(num_experts, 12)))
     pairs = int(share * num_experts)
-    Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, torch.float32, seed).check()
+    case = Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, dtype, seed)
+    case.topk_ids[torch.rand(case.topk_ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.1] = -1
+    case.check(engine=engine)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("engine", "dtype"), DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("on_input", [False, True])
-def test_dtypes_and_activations(dtype: torch.dtype, activation: str, on_input: bool) -> None:
-    Case(num_tokens=9, dtype=dtype).check(activation, on_input)
+def test_dtypes_and_activations(engine: str, dtype: torch.dtype, activation: str, on_input: bool) -> None:
+    Case(num_tokens=9, dtype=dtype).check(activation, on_input, engine)
 
 
-def test_ids_of_minus_one_are_skipped() -> None:
-    case = Case(num_tokens=6, dtype=torch.float32)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_every_number_of_rows_a_member_can_have(engine: str) -> None:
+    """The kernels differ by how many tokens the members of a slot have; here is every mix of few, and some of many."""
+    counts = [(a, b) for a in range(14) for b in range(14)] + [(33, 0), (0, 47), (64, 1), (5, 40), (200, 31)]
+    for first, second in counts:
+        case = Case(num_tokens=first + second, num_experts=2, pairs=1, top_k=1, seed=first * 100 + second)
+        case.topk_ids[:first], case.topk_ids[first:] = 0, 1
+        case.check(engine=engine)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_ids_of_minus_one_are_skipped(engine: str) -> None:
+    case = Case(num_tokens=6)
     case.topk_ids[0] = -1
     case.topk_ids[3, 1] = -1
-    case.check()
-    assert not case.run()[0].any()
+    case.check(engine=engine)
+    assert not case.run(engine=engine)[0].any()
     case.topk_ids[:] = -1
-    assert not case.run().any()
+    assert not case.run(engine=engine).any()
 
 
-def test_experts_of_other_ranks_are_skipped() -> None:
-    case = Case(num_tokens=6, dtype=torch.float32)
+@pytest.mark.parametrize("engine", HERE)
+def test_experts_of_other_ranks_are_skipped(engine: str) -> None:
+    case = Case(num_tokens=6)
     local = [0, 3]
     case.slot_of_expert = case.slots.slot_of_expert(local)
     case.w13, case.w2 = case.w13[local], case.w2[local]
-    case.check()
+    case.check(engine=engine)
 
 
-def test_all_tokens_on_one_expert_and_none() -> None:
-    case = Case(num_tokens=17, top_k=1, dtype=torch.float32)
+@pytest.mark.parametrize("engine", HERE)
+def test_all_tokens_on_one_expert_and_none(engine: str) -> None:
+    case = Case(num_tokens=170, top_k=1)
     case.topk_ids[:] = 5
-    case.check()
-    assert Case(num_tokens=0).run().shape == (0, 32)
+    case.check(engine=engine)
+    assert Case(num_tokens=0).run(engine=engine).shape == (0, 32)
 
 
-def test_slots_without_tokens_are_not_read() -> None:
-    case = Case(num_tokens=4, dtype=torch.float32)
-    expected = case.run()
+@pytest.mark.parametrize("engine", HERE)
+def test_one_expert_chosen_twice_by_a_token(engine: str) -> None:
+    case = Case(num_tokens=3, top_k=4)
+    case.topk_ids[1] = 6
+    case.check(engine=engine)
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_ids_and_weights_of_other_types(engine: str) -> None:
+    case = Case(num_tokens=6)
+    expected = case.run(engine=engine)
+    case.topk_ids = case.topk_ids.long()
+    case.topk_weights = case.topk_weights.double()
+    assert torch.equal(case.run(engine=engine), expected)
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_the_number_of_threads_changes_nothing(engine: str) -> None:
+    case = Case(num_tokens=50, num_experts=12, pairs=6, top_k=4, hidden_size=160, intermediate_size=96)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case.run(engine=engine))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_slots_without_tokens_are_not_read(engine: str) -> None:
+    case = Case(num_tokens=4)
+    expected = case.run(engine=engine)
     used = {int(code) // 2 for code in case.slot_of_expert[case.topk_ids.long()].flatten()}
     unused = [slot for slot in range(case.slots.num_slots) if slot not in used]
     assert unused
     # 0x7FFF would decode to numbers that no sum could hide.
     case.w13[unused], case.w2[unused] = 0x7FFF, 0x7FFF
-    assert torch.equal(case.run(), expected)
+    assert torch.equal(case.run(engine=engine), expected)
 
 
-def test_inputs_stay_as_they_are() -> None:
+@pytest.mark.parametrize("engine", HERE)
+def test_inputs_stay_as_they_are(engine: str) -> None:
     case = Case()
     before = [case.x.clone(), case.topk_weights.clone(), case.topk_ids.clone()]
-    case.run(on_input=True)
+    case.run(on_input=True, engine=engine)
     assert all(torch.equal(a, b) for a, b in zip(before, [case.x, case.topk_weights, case.topk_ids], strict=True))
 
 
-def test_it_is_a_well_formed_operator() -> None:
-    case = Case(dtype=torch.float32)
-    arguments = (case.x, case.w13, case.w2, case.slot_of_expert, case.topk_weights, case.topk_ids, "silu", False)
+@pytest.mark.parametrize("engine", HERE)
+def test_it_is_a_well_formed_operator(engine: str) -> None:
+    case = Case()
+    w13, w2 = case.weights(engine)
+    arguments = (case.x, w13, w2, case.slot_of_expert, case.topk_weights, case.topk_ids, "silu", False, engine)
     torch.library.opcheck(torch.ops.vllm_puzzle.packed_moe.default, arguments)
 
 
@@ -190,3 +177,49 @@ def test_misfits_are_refused_with_their_shapes() -> None:
     case.topk_weights = case.topk_weights[1:]
     with pytest.raises(ValueError, match=r"topk_weights \[4, 2\]"):
         case.run()
+
+
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_what_compiled_code_would_trust_is_refused(engine: str) -> None:
+    def call(**changed: torch.Tensor) -> None:
+        case = Case()
+        w13, w2 = case.weights(engine)
+        arguments = {
+            "x": case.x,
+            "w13": w13,
+            "w2": w2,
+            "slot_of_expert": case.slot_of_expert,
+            "topk_weights": case.topk_weights,
+            "topk_ids": case.topk_ids,
+        }
+        packed_moe(**{**arguments, **changed}, activation="silu", engine=engine)
+
+    case = Case()
+    w2 = case.weights(engine)[1]
+    call()
+    with pytest.raises(ValueError, match=r"w13 \[5, 48, 32\].*rounded up to 32"):
+        call(w13=case.w13, w2=case.w2)
+    with pytest.raises(ValueError, match="topk_ids holds 8, there are 8 experts"):
+        call(topk_ids=case.topk_ids.clamp(min=8))
+    with pytest.raises(ValueError, match=r"topk_ids is torch.int16"):
+        call(topk_ids=case.topk_ids.short())
+    with pytest.raises(ValueError, match=r"slot_of_expert is torch.int64"):
+        call(slot_of_expert=case.slot_of_expert.long())
+    with pytest.raises(ValueError, match=r"w2 is torch.int32"):
+        call(w2=w2.int())
+    with pytest.raises(ValueError, match=r"x is torch.float64"):
+        call(x=case.x.double())
+
+
+def test_a_level_computes_only_its_own_dtypes() -> None:
+    for engine in CPU_ENGINES[1:]:
+        with pytest.raises(ValueError, match=f"x is torch.float32, which the level {engine[4:]} does not compute"):
+            Case(dtype=torch.float32).run(engine=engine)
+
+
+def test_unknown_engines_are_refused() -> None:
+    case = Case()
+    with pytest.raises(ValueError, match="engine 'abacus' is not one of"):
+        packed_moe(
+            case.x, case.w13, case.w2, case.slot_of_expert, case.topk_weights, case.topk_ids, "silu", engine="abacus"
+        )

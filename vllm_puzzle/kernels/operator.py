@@ -82,13 +82,16 @@ def _check(
     hidden_size = x.shape[1]
     isa = cpu_isa(engine)
     in_tiles = isa is not None
-    if columns != (padded(hidden_size) if in_tiles else hidden_size) or w2.shape != (num_slots, columns, rows // 2):
+    expected_columns = padded(hidden_size) if in_tiles else hidden_size
+    if (
+        columns != expected_columns
+        or rows % (64 if in_tiles else 2)
+        or tuple(w2.shape) != (num_slots, columns, rows // 2)
+    ):
         raise ValueError(
             f"shapes do not fit: x {list(x.shape)}, w13 {list(w13.shape)}, w2 {list(w2.shape)}; expected x (M, H), "
             f"w13 (slots, 2 I, H), w2 (slots, H, I){', H and I rounded up to 32' if in_tiles else ''}"
         )
-    if rows % (64 if in_tiles else 2):
-        raise ValueError(f"shapes do not fit: w13 {list(w13.shape)} does not hold gate and up rows alike")
     if topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"shapes do not fit: topk_ids {list(topk_ids.shape)}, topk_weights {list(topk_weights.shape)}, "

@@ -13,6 +13,10 @@
 
 namespace {
 
+// GCC 12's intrinsics are assembly that does not tell the compiler what memory it reads (amxtileintrin.h): a load names
+// none, the configuration's first 8 bytes only. This makes it write what it still holds back.
+inline void written_first(const void* place) { __asm__ volatile("" ::"r"(place) : "memory"); }
+
 inline void tiles_begin() {
     struct alignas(64) {
         uint8_t palette, start_row, reserved[14];
@@ -25,6 +29,7 @@ inline void tiles_begin() {
         config.row_bytes[i] = 64;
         config.rows[i] = 16;
     }
+    written_first(&config);
     _tile_loadconfig(&config);
 }
 
@@ -33,7 +38,7 @@ inline void tiles_end() { _tile_release(); }
 }  // namespace
 
 #define TILE_ZERO(tile) _tile_zero(tile)
-#define TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
+#define TILE_LOAD(tile, from, stride) (void)({ written_first(from); _tile_loadd(tile, from, stride); })
 #define TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define TILE_MULTIPLY_ADD(sum, a, b) _tile_dpbf16ps(sum, a, b)
 

@@ -1,0 +1,94 @@
+"""Random calls of the operator, and what they must give: a float64 computation that shares no code with it."""
+
+import torch
+from torch.nn import functional
+
+from vllm_puzzle.format import LayerSlots, pack, unpack
+from vllm_puzzle.kernels import REFERENCE, packed_moe
+from vllm_puzzle.kernels.cpu import padded, tile_slots_
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def random_words(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    magnitude = torch.rand(shape, generator=generator) * 0.2
+    masks = [torch.rand(shape, generator=generator) < 0.75 for _ in range(2)]
+    signs = [torch.rand(shape, generator=generator) < 0.5 for _ in range(2)]
+    return pack(magnitude, masks, signs)
+
+
+class Case:
+    """Random packed experts, tokens and routing."""
+
+    def __init__(
+        self,
+        num_tokens: int = 5,
+        num_experts: int = 8,
+        pairs: int = 3,
+        top_k: int = 2,
+        hidden_size: int = 32,
+        intermediate_size: int = 24,
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(num_experts, generator=generator).tolist()
+        self.slots = LayerSlots(layer=0, experts=order, pairs=pairs)
+        self.w13 = random_words(generator, self.slots.num_slots, 2 * intermediate_size, hidden_size)
+        self.w2 = random_words(generator, self.slots.num_slots, hidden_size, intermediate_size)
+        self.slot_of_expert = self.slots.slot_of_expert()
+        self.intermediate_size = intermediate_size
+        self.x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+        self.topk_weights = torch.rand(num_tokens, top_k, generator=generator)
+        chosen = [torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)]
+        self.topk_ids = torch.stack(chosen).int() if chosen else torch.empty(0, top_k, dtype=torch.int32)
+
+    def weights(self, engine: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 and w2 as `engine` takes them."""
+        if engine == REFERENCE:
+            return self.w13, self.w2
+        hidden_size, intermediate_size = self.x.shape[1], self.intermediate_size
+        columns, rows = padded(hidden_size) - hidden_size, padded(intermediate_size) - intermediate_size
+        halves = [functional.pad(half, (0, columns, 0, rows)) for half in self.w13.chunk(2, dim=1)]
+        w13, w2 = torch.cat(halves, dim=1), functional.pad(self.w2, (0, rows, 0, columns))
+        tile_slots_(w13, w2)
+        return w13, w2
+
+    def run(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> torch.Tensor:
+        return packed_moe(
+            self.x,
+            *self.weights(engine),
+            self.slot_of_expert,
+            self.topk_weights,
+            self.topk_ids,
+            activation,
+            on_input,
+            engine,
+        )
+
+    def expected(self, activation: str = "silu", on_input: bool = False) -> torch.Tensor:
+        """Expert by expert, in float64."""
+        activate = {
+            "silu": functional.silu,
+            "gelu": functional.gelu,
+            "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
+        }[activation]
+        output = torch.zeros(self.x.shape, dtype=torch.float64)
+        for expert, code in enumerate(self.slot_of_expert.tolist()):
+            tokens, choices = torch.where(self.topk_ids == expert)
+            if code < 0 or not len(tokens):
+                continue
+            w13, w2 = (unpack(words[code // 2], code % 2).double() for words in (self.w13, self.w2))
+            weight = self.topk_weights[tokens, choices, None].double()
+            gate, up = ((self.x[tokens].double() * (weight if on_input else 1.0)) @ w13.T).chunk(2, dim=1)
+            result = (activate(gate) * up) @ w2.T
+            output.index_add_(0, tokens, result if on_input else result * weight)
+        return output
+
+    def check(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> None:
+        got, expected = self.run(activation, on_input, engine), self.expected(activation, on_input)
+        assert got.dtype == self.x.dtype
+        assert got.shape == self.x.shape
+        assert torch.isfinite(got).all()
+        error = (got.double() - expected).norm()
+        assert error <= TOLERANCE[self.x.dtype] * expected.norm(), f"{engine}: relative error {error / expected.norm()}"

@@ -1,0 +1,49 @@
+"""Every CPU level over a sample of calls, with the library whose path is the argument; run under sanitizers.
+
+AMX is among the levels on every CPU with AVX512-BF16: the library given here emulates its tiles.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.kernels.cases import Case
+from vllm_puzzle.kernels.cpu import engine, library, usable_isas
+
+
+def sample() -> list[Case]:
+    """Calls that reach every kernel, with tails in every dimension."""
+    cases = [
+        Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, seed=num_tokens)
+        for num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size in [
+            (0, 8, 3, 2, 32, 32),
+            (1, 8, 4, 2, 64, 32),
+            (1, 1, 0, 1, 1, 1),
+            (7, 256, 128, 8, 96, 64),
+            (30, 6, 2, 3, 100, 45),
+            (90, 3, 1, 2, 160, 96),
+            (300, 8, 4, 2, 33, 70),
+        ]
+    ]
+    cases[4].topk_ids[3:9] = -1
+    cases[6].topk_ids[:] = 5
+    return cases
+
+
+def main() -> None:
+    library.LIBRARY_PATH = Path(sys.argv[1])
+    levels = usable_isas()
+    for case in sample():
+        for isa in levels:
+            # A workspace of exactly the size asked for, so that what runs over its end is seen.
+            engine._workspace = engine._Workspace()
+            case.check(engine=f"cpu-{isa.name.lower()}")
+    for dtype in (torch.float16, torch.float32):
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            Case(num_tokens=11, hidden_size=50, dtype=dtype).check(activation, engine="cpu-portable")
+    print(*(isa.name.lower() for isa in levels))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The CPU engine as a library: sanitizers, what it is built from, choosing a level, memory while loading."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_puzzle.kernels import EngineError, choose_engine
+from vllm_puzzle.kernels.cpu import Isa, empty_slots, library, tile_slots_, usable_isas
+from vllm_puzzle.kernels.cpu.build import BuildError, build_library
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def runtime_of(sanitizer: str) -> str:
+    """The compiler's own runtime library for a sanitizer; a process that is not instrumented preloads it."""
+    return subprocess.run(["g++", f"-print-file-name=lib{sanitizer}.so"], capture_output=True, text=True).stdout.strip()
+
+
+def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    built = tmp_path / "libpuzzlemoe_cpu.so"
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DPUZZLEMOE_EMULATE_TILES"]
+    build_library(built, flags)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime_of('asan')}:{runtime_of('ubsan')}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.sanitized", str(built)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    # With the tiles emulated, what runs AVX512-BF16 runs the AMX kernels too.
+    levels = [isa.name.lower() for isa in usable_isas() if isa is not Isa.AMX_BF16]
+    emulated = ["amx_bf16"] if Isa.AVX512_BF16 in usable_isas() else []
+    assert run.stdout.split() == levels + emulated
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="no no-such-compiler; install g\\+\\+ 11 or newer, or set CXX"):
+        build_library(tmp_path / "library.so")
+
+
+def test_a_library_that_was_not_built_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "LIBRARY_PATH", tmp_path / "nowhere.so")
+    for function in (library.load_library, library.unusable):
+        function.cache_clear()
+    try:
+        with pytest.raises(EngineError, match=r"nowhere.so is missing.*or set VLLM_PUZZLE_ENGINE=reference"):
+            choose_engine(CPU, torch.bfloat16)
+    finally:
+        for function in (library.load_library, library.unusable):
+            function.cache_clear()
+
+
+def test_the_most_capable_level_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PUZZLE_ENGINE", raising=False)
+    monkeypatch.delenv("VLLM_PUZZLE_CPU_ISA", raising=False)
+    assert choose_engine(CPU, torch.bfloat16) == f"cpu-{max(usable_isas()).name.lower()}"
+    assert choose_engine(CPU, torch.float32) == "cpu-portable"
+    assert choose_engine(CPU, torch.float16) == "cpu-portable"
+    assert choose_engine(torch.device("cuda"), torch.bfloat16) == "reference"
+
+
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in usable_isas():
+        monkeypatch.setenv("VLLM_PUZZLE_CPU_ISA", isa.name.lower())
+        assert choose_engine(CPU, torch.bfloat16) == f"cpu-{isa.name.lower()}"
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "reference")
+    assert choose_engine(CPU, torch.bfloat16) == "reference"
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "cpu")
+    with pytest.raises(EngineError, match="VLLM_PUZZLE_ENGINE=cpu cannot compute on cuda"):
+        choose_engine(torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("VLLM_PUZZLE_ENGINE", "fast", "VLLM_PUZZLE_ENGINE=fast is not an engine; choose auto, cpu or reference"),
+        ("VLLM_PUZZLE_CPU_ISA", "avx10", "VLLM_PUZZLE_CPU_ISA=avx10 is not a level; choose auto, portable, avx2, "),
+        ("VLLM_PUZZLE_CPU_ISA", "amx_bf16", "=amx_bf16 cannot be used: this CPU does not have it; this machine can"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a CPU without AMX, wherever this runs.
+    monkeypatch.setattr(
+        "vllm_puzzle.kernels.choice.unusable",
+        lambda isa: "this CPU does not have it" if isa is Isa.AMX_BF16 else None,
+    )
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(EngineError, match=message):
+        choose_engine(CPU, torch.bfloat16)
+
+
+def test_a_forced_level_does_not_take_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_puzzle.kernels.choice.unusable", lambda isa: None)
+    monkeypatch.setenv("VLLM_PUZZLE_CPU_ISA", "avx512")
+    with pytest.raises(
+        EngineError, match="computes in bfloat16 and the model runs in float16; choose auto or portable"
+    ):
+        choose_engine(CPU, torch.float16)
+
+
+def test_slots_are_tiled_in_place() -> None:
+    """Tiling 128 MB of slots of 16 MB raises the process's peak by no more than two slots."""
+    script = """
+import resource, torch
+from vllm_puzzle.kernels.cpu import empty_slots, tile_slots_
+tile_slots_(empty_slots(1, 64, 32), empty_slots(1, 32, 32))
+w13, w2 = (empty_slots(8, 2048, 2048).fill_(1), empty_slots(8, 2048, 1024).fill_(1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tile_slots_(w13, w2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    slot_bytes = 2 * (2048 * 2048 + 2048 * 1024)
+    assert 0 <= int(run.stdout) <= 2 * slot_bytes
+
+
+def test_sizes_that_are_no_multiple_of_32_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"w2 must be contiguous int16 .* multiples of 32; it is .*\[1, 33, 32\]"):
+        tile_slots_(empty_slots(1, 64, 32), empty_slots(1, 33, 32))
