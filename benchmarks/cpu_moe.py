@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def measure(shape: Shape, layers: list[list[Engine]], load: Load, threads: int, 
         for place in range(len(engines)):
             # Nobody is always the one that runs after the same neighbour.
             engine = engines[(place + turn) % len(engines)]
-            elapsed = _seconds(lambda engine=engine, ids=ids, weights=weights: engine.run(x, weights, ids))
+            elapsed = _seconds(partial(engine.run, x, weights, ids))
             units = (active // 2).unique() if engine is engines[0] else active
             if turn:
                 seconds[engine.name].append(elapsed)

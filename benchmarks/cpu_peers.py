@@ -29,7 +29,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """(num_tokens, hidden_size) bfloat16 from x of the same, float32 weights and int32 ids of (num_tokens, top_k)."""
+        """The layer's output for x (num_tokens, hidden_size), bfloat16; weights and ids are (num_tokens, top_k)."""
 
     @abstractmethod
     def copy(self) -> "Engine":

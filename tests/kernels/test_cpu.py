@@ -23,8 +23,8 @@ def runtime_of(sanitizer: str) -> str:
 
 def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     built = tmp_path / "libpuzzlemoe_cpu.so"
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DPUZZLEMOE_EMULATE_TILES"]
-    build_library(built, flags)
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build_library(built, ["-O1", "-g", "-Wall", "-Wextra", "-Werror", *sanitizers, "-DPUZZLEMOE_EMULATE_TILES"])
     environment = {
         **os.environ,
         "LD_PRELOAD": f"{runtime_of('asan')}:{runtime_of('ubsan')}",

@@ -44,6 +44,9 @@ def test_random_shapes(
 ) -> None:
     top_k = data.draw(st.integers(1, min(num_experts, 12)))
     pairs = int(share * num_experts)
+    if dtype != torch.float32:
+        # The terms of a sum can cancel until its rounding is all that is left: no measure for a handful of outputs.
+        hidden_size = max(hidden_size, 16)
     case = Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, dtype, seed)
     case.topk_ids[torch.rand(case.topk_ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.1] = -1
     case.check(engine=engine)
@@ -201,19 +204,21 @@ def test_what_compiled_code_would_trust_is_refused(engine: str) -> None:
         call(w13=case.w13, w2=case.w2)
     with pytest.raises(ValueError, match="topk_ids holds 8, there are 8 experts"):
         call(topk_ids=case.topk_ids.clamp(min=8))
-    with pytest.raises(ValueError, match=r"topk_ids is torch.int16"):
+    with pytest.raises(ValueError, match=r"topk_ids \(torch.int16, cpu\); expected"):
         call(topk_ids=case.topk_ids.short())
-    with pytest.raises(ValueError, match=r"slot_of_expert is torch.int64"):
+    with pytest.raises(ValueError, match=r"slot_of_expert \(torch.int64, cpu\)"):
         call(slot_of_expert=case.slot_of_expert.long())
-    with pytest.raises(ValueError, match=r"w2 is torch.int32"):
+    with pytest.raises(ValueError, match=r"w2 \(torch.int32, cpu\)"):
         call(w2=w2.int())
-    with pytest.raises(ValueError, match=r"x is torch.float64"):
+    with pytest.raises(ValueError, match=r"x \(torch.float64, cpu\)"):
         call(x=case.x.double())
+    with pytest.raises(ValueError, match=r"w2 \(torch.int16, cpu, not contiguous\)"):
+        call(w2=torch.cat([w2, w2])[::2])
 
 
 def test_a_level_computes_only_its_own_dtypes() -> None:
     for engine in CPU_ENGINES[1:]:
-        with pytest.raises(ValueError, match=f"x is torch.float32, which the level {engine[4:]} does not compute"):
+        with pytest.raises(ValueError, match=rf"types do not fit {engine}: x \(torch.float32, cpu\)"):
             Case(dtype=torch.float32).run(engine=engine)
 
 

@@ -1,6 +1,7 @@
 """Which engine computes: by device and dtype, or as the environment says."""
 
 import os
+from functools import cache
 
 import torch
 
@@ -12,9 +13,20 @@ _CPU_ENGINES = {f"cpu-{isa.name.lower()}": isa for isa in Isa}
 ENGINES = (REFERENCE, *_CPU_ENGINES)
 
 
+@cache
 def cpu_isa(engine: str) -> Isa | None:
-    """The ISA level of a CPU engine's name, None for the other engines."""
-    return _CPU_ENGINES.get(engine)
+    """The ISA level of a CPU engine's name, None for the other engines.
+
+    Raises:
+        ValueError: a name that is not one of ENGINES.
+        EngineError: this machine cannot use the level.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r} is not one of {list(ENGINES)}")
+    isa = _CPU_ENGINES.get(engine)
+    if isa is not None and (reason := unusable(isa)):
+        raise EngineError(f"the engine {engine} cannot be used: {reason}")
+    return isa
 
 
 def choose_engine(device: torch.device, dtype: torch.dtype) -> str:

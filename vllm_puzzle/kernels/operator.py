@@ -2,12 +2,11 @@
 
 import torch
 
-from .choice import ENGINES, REFERENCE, cpu_isa
-from .cpu import Isa, cpu_moe, padded, unusable
+from .choice import REFERENCE, cpu_isa
+from .cpu import cpu_moe, fits_cpu, padded
 from .reference import ACTIVATIONS, reference_moe
 
 
-@torch.library.custom_op("vllm_puzzle::packed_moe", mutates_args=())
 def packed_moe(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -43,14 +42,24 @@ def packed_moe(
         ValueError: shapes that do not fit each other, an expert id that is out of range, or an activation, a dtype or
             an engine that is not supported.
     """
-    _check(x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, engine)
-    arguments = (x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input)
     isa = cpu_isa(engine)
-    return reference_moe(*arguments) if isa is None else cpu_moe(isa, *arguments)
+    if isa is None:
+        _check(x, w13, w2, topk_weights, topk_ids, activation, False)
+        return reference_moe(
+            x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input
+        )
+    # One expression where all is well: see CALL_LAYOUT for what a line of Python costs here.
+    if not (activation in ACTIVATIONS and fits_cpu(isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids)):
+        _check(x, w13, w2, topk_weights, topk_ids, activation, True)
+        raise ValueError(
+            f"types do not fit {engine}: x {_kind(x)}, w13 {_kind(w13)}, w2 {_kind(w2)}, slot_of_expert "
+            f"{_kind(slot_of_expert)}, topk_ids {_kind(topk_ids)}; expected x in bfloat16 (cpu-portable: also float16, "
+            f"float32), contiguous int16 words, an int32 table, int32 or int64 ids, all on the CPU"
+        )
+    return cpu_moe(isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input)
 
 
-@packed_moe.register_fake
-def _(
+def _fake(
     x: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
@@ -64,25 +73,31 @@ def _(
     return x.new_empty(x.shape)
 
 
+# Not torch.library.custom_op: its wrappers are Python that runs on every call, and cost 2 % of a decode step's experts.
+_LIBRARY = torch.library.Library("vllm_puzzle", "DEF")
+_LIBRARY.define("packed_moe" + torch.library.infer_schema(packed_moe, mutates_args=()))
+_LIBRARY.impl("packed_moe", packed_moe, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_puzzle::packed_moe", _fake, lib=_LIBRARY)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"({tensor.dtype}, {tensor.device}{layout})"
+
+
 def _check(
     x: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
-    slot_of_expert: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
-    engine: str,
+    in_tiles: bool,
 ) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r} is not one of {list(ENGINES)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; packed_moe knows {sorted(ACTIVATIONS)}")
     num_slots, rows, columns = w13.shape
-    hidden_size = x.shape[1]
-    isa = cpu_isa(engine)
-    in_tiles = isa is not None
-    expected_columns = padded(hidden_size) if in_tiles else hidden_size
+    expected_columns = padded(x.shape[1]) if in_tiles else x.shape[1]
     if (
         columns != expected_columns
         or rows % (64 if in_tiles else 2)
@@ -97,28 +112,3 @@ def _check(
             f"shapes do not fit: topk_ids {list(topk_ids.shape)}, topk_weights {list(topk_weights.shape)}, "
             f"x {list(x.shape)}"
         )
-    if isa is not None:
-        _check_memory(isa, x, w13, w2, slot_of_expert, topk_ids)
-
-
-def _check_memory(
-    isa: Isa,
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    slot_of_expert: torch.Tensor,
-    topk_ids: torch.Tensor,
-) -> None:
-    """What compiled code takes on trust, since it sees addresses only."""
-    if reason := unusable(isa):
-        raise ValueError(f"the level {isa.name.lower()} cannot be used: {reason}")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or (
-        x.dtype != torch.bfloat16 and isa is not Isa.PORTABLE
-    ):
-        raise ValueError(f"x is {x.dtype}, which the level {isa.name.lower()} does not compute")
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"topk_ids is {topk_ids.dtype}; expected int32 or int64")
-    expected = {"w13": (w13, torch.int16), "w2": (w2, torch.int16), "slot_of_expert": (slot_of_expert, torch.int32)}
-    for name, (tensor, dtype) in expected.items():
-        if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected contiguous {dtype} on a CPU")

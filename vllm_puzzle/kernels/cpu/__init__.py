@@ -1,12 +1,13 @@
 """The CPU engine; importing it loads no compiled code."""
 
-from .engine import cpu_moe, empty_slots, padded, reserve_workspace, tile_slots_
+from .engine import cpu_moe, empty_slots, fits_cpu, padded, reserve_workspace, tile_slots_
 from .library import Isa, unusable, usable_isas
 
 __all__ = [
     "Isa",
     "cpu_moe",
     "empty_slots",
+    "fits_cpu",
     "padded",
     "reserve_workspace",
     "tile_slots_",

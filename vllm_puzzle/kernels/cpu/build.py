@@ -28,9 +28,6 @@ _COMMON_FLAGS = [
     # Neither changes a result; without them the activations are not vectorized.
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
 ]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]

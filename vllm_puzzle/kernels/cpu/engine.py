@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from .library import Isa, PackedMoeCall, load_library
+from .library import CALL_LAYOUT, Isa, load_library
 
 # Rows and columns come in blocks of 32 (csrc/tiles.h).
 _BLOCK = 32
@@ -24,6 +24,7 @@ class _Workspace:
         self.lock = threading.Lock()
         self.address = 0
         self.num_bytes = 0
+        self.call = ctypes.create_string_buffer(CALL_LAYOUT.size)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def grow(self, num_bytes: int) -> None:
@@ -89,18 +90,46 @@ def tile_slots_(w13: torch.Tensor, w2: torch.Tensor) -> None:
 def reserve_workspace(isa: Isa, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
     """Makes room for calls of up to `max_num_tokens` tokens with these weights; a larger call makes its own."""
     num_slots, padded_hidden, padded_intermediate = w2.shape
-    library = load_library()
-    sizes = PackedMoeCall(
-        num_tokens=max_num_tokens,
-        top_k=top_k,
-        num_slots=num_slots,
-        padded_hidden=padded_hidden,
-        padded_intermediate=padded_intermediate,
-        isa=isa,
-        num_threads=library.puzzlemoe_num_threads(),
-    )
     with _workspace.lock:
-        _workspace.grow(library.puzzlemoe_workspace_bytes(ctypes.addressof(sizes)))
+        sizes = (0, max_num_tokens, padded_hidden, padded_hidden, padded_intermediate, num_slots, 0, top_k)
+        CALL_LAYOUT.pack_into(_workspace.call, 0, *[0] * 8, *sizes, 0, 0, 0, 0, isa, 0)
+        _workspace.grow(load_library().puzzlemoe_workspace_bytes(_workspace.call))
+
+
+def fits_cpu(
+    isa: Isa,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    slot_of_expert: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> bool:
+    """Whether `cpu_moe` takes these: compiled code sees addresses, and would trust anything."""
+    num_slots, rows, columns = w13.shape
+    num_tokens, hidden_size = x.shape
+    return (
+        0 <= columns - hidden_size < _BLOCK
+        and not columns % _BLOCK
+        and not rows % (2 * _BLOCK)
+        and w2.shape == (num_slots, columns, rows // 2)
+        and topk_ids.shape[0] == num_tokens
+        and topk_ids.shape == topk_weights.shape
+        and (x.dtype is torch.bfloat16 or (isa == Isa.PORTABLE and x.dtype in _DTYPES))
+        and w13.dtype is torch.int16
+        and w2.dtype is torch.int16
+        and slot_of_expert.dtype is torch.int32
+        and (topk_ids.dtype is torch.int32 or topk_ids.dtype is torch.int64)
+        and w13.is_contiguous()
+        and w2.is_contiguous()
+        and slot_of_expert.is_contiguous()
+        and x.is_cpu
+        and w13.is_cpu
+        and w2.is_cpu
+        and slot_of_expert.is_cpu
+        and topk_ids.is_cpu
+        and topk_weights.is_cpu
+    )
 
 
 def cpu_moe(
@@ -114,43 +143,51 @@ def cpu_moe(
     activation: str,
     apply_router_weight_on_input: bool,
 ) -> torch.Tensor:
-    """See `packed_moe`; w13 and w2 are as `tile_slots_` left them. The result depends on no number of threads."""
-    x = x.contiguous()
-    topk_ids = topk_ids.contiguous()
-    topk_weights = topk_weights.to(torch.float32).contiguous()
+    """See `packed_moe`, which has checked the arguments; w13 and w2 are as `tile_slots_` left them.
+
+    The result does not depend on the number of threads.
+    """
+    if topk_weights.dtype is not torch.float32:
+        topk_weights = topk_weights.float()
+    if not (x.is_contiguous() and topk_weights.is_contiguous() and topk_ids.is_contiguous()):
+        x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
+    num_tokens, hidden_size = x.shape
     num_slots, padded_hidden, padded_intermediate = w2.shape
     output = torch.empty_like(x)
-    library = load_library()
+    run = load_library().puzzlemoe_packed_moe
     with _workspace.lock:
-        call = PackedMoeCall(
-            x.data_ptr(),
-            w13.data_ptr(),
-            w2.data_ptr(),
-            slot_of_expert.data_ptr(),
-            topk_weights.data_ptr(),
-            topk_ids.data_ptr(),
-            output.data_ptr(),
-            _workspace.address,
-            _workspace.num_bytes,
-            x.shape[0],
-            x.shape[1],
-            padded_hidden,
-            padded_intermediate,
-            num_slots,
-            slot_of_expert.shape[0],
-            topk_ids.shape[1],
-            topk_ids.dtype == torch.int64,
-            _DTYPES[x.dtype],
-            _ACTIVATIONS[activation],
-            apply_router_weight_on_input,
-            isa,
-            library.puzzlemoe_num_threads(),
-        )
-        result = library.puzzlemoe_packed_moe(ctypes.addressof(call))
-        if result > 0:
+        # A second turn only where the workspace was too small, which `reserve_workspace` is there to prevent.
+        for _ in range(2):
+            CALL_LAYOUT.pack_into(
+                _workspace.call,
+                0,
+                x.data_ptr(),
+                w13.data_ptr(),
+                w2.data_ptr(),
+                slot_of_expert.data_ptr(),
+                topk_weights.data_ptr(),
+                topk_ids.data_ptr(),
+                output.data_ptr(),
+                _workspace.address,
+                _workspace.num_bytes,
+                num_tokens,
+                hidden_size,
+                padded_hidden,
+                padded_intermediate,
+                num_slots,
+                slot_of_expert.shape[0],
+                topk_ids.shape[1],
+                topk_ids.dtype is torch.int64,
+                _DTYPES[x.dtype],
+                _ACTIVATIONS[activation],
+                apply_router_weight_on_input,
+                isa,
+                0,
+            )
+            result: int = run(_workspace.call)
+            if result <= 0:
+                break
             _workspace.grow(result)
-            call.workspace, call.workspace_bytes = _workspace.address, _workspace.num_bytes
-            result = library.puzzlemoe_packed_moe(ctypes.addressof(call))
     if result < 0:
         raise ValueError(f"topk_ids holds {int(topk_ids.max())}, there are {slot_of_expert.shape[0]} experts")
     return output

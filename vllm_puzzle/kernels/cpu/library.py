@@ -1,10 +1,10 @@
 """The compiled library behind ctypes: finding it, its functions, what this machine lets it use."""
 
 import ctypes
+import struct
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 # The OpenMP runtime that the library names is then the one that torch has loaded, and its pool of threads torch's own.
 import torch  # noqa: F401
@@ -25,17 +25,9 @@ class Isa(IntEnum):
     AMX_BF16 = 4
 
 
-class PackedMoeCall(ctypes.Structure):
-    """`PuzzleMoeCall` of csrc/abi.h."""
-
-    _fields_: ClassVar = [
-        *((name, ctypes.c_void_p) for name in ("x", "w13", "w2", "slot_of_expert", "topk_weights", "topk_ids")),
-        *((name, ctypes.c_void_p) for name in ("output", "workspace")),
-        *((name, ctypes.c_int64) for name in ("workspace_bytes", "num_tokens", "hidden_size", "padded_hidden")),
-        *((name, ctypes.c_int64) for name in ("padded_intermediate", "num_slots", "num_experts", "top_k")),
-        *((name, ctypes.c_int32) for name in ("ids_are_int64", "dtype", "activation", "weight_on_input")),
-        *((name, ctypes.c_int32) for name in ("isa", "num_threads")),
-    ]
+# `PuzzleMoeCall` of csrc/abi.h: 8 addresses, 8 sizes, 6 choices. Packed in one go, since a call from Python runs on
+# caches that the weights of the last layer have swept, where every line of it costs about a microsecond.
+CALL_LAYOUT = struct.Struct("=8Q8q6i")
 
 
 @cache
@@ -48,7 +40,6 @@ def load_library() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(LIBRARY_PATH))
     library.puzzlemoe_isa_status.argtypes = [ctypes.c_int32]
-    library.puzzlemoe_num_threads.argtypes = []
     for function in (library.puzzlemoe_workspace_bytes, library.puzzlemoe_packed_moe):
         function.argtypes = [ctypes.c_void_p]
         function.restype = ctypes.c_int64

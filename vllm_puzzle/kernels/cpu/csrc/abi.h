@@ -49,14 +49,11 @@ struct PuzzleMoeCall {
     int32_t activation;
     int32_t weight_on_input;
     int32_t isa;
-    int32_t num_threads;
+    int32_t num_threads;  // set by the functions below: what the OpenMP pool gives to the calling thread
 };
 
 // Whether this CPU and this kernel let the process use an ISA level. Asks for AMX tile permission once.
 PUZZLEMOE_EXPORT int32_t puzzlemoe_isa_status(int32_t isa);
-
-// How many threads a call from this thread would get from the OpenMP pool.
-PUZZLEMOE_EXPORT int32_t puzzlemoe_num_threads();
 
 // The bytes of workspace that a call of these sizes needs; pointers are not looked at.
 PUZZLEMOE_EXPORT int64_t puzzlemoe_workspace_bytes(const PuzzleMoeCall* call);

@@ -58,6 +58,12 @@ bool kernel_permits_tiles() {
 #endif
 }
 
+PuzzleMoeCall with_threads(const PuzzleMoeCall& call) {
+    PuzzleMoeCall complete = call;
+    complete.num_threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+    return complete;
+}
+
 int64_t activation_bytes(int32_t isa) { return isa >= PUZZLEMOE_AVX512_BF16 ? 2 : 4; }
 
 }  // namespace
@@ -71,21 +77,20 @@ int32_t puzzlemoe_isa_status(int32_t isa) {
     return PUZZLEMOE_USABLE;
 }
 
-int32_t puzzlemoe_num_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
-
 int64_t puzzlemoe_workspace_bytes(const PuzzleMoeCall* call) {
-    PuzzleMoeCall sizes = *call;
+    PuzzleMoeCall sizes = with_threads(*call);
     sizes.workspace = nullptr;
     return lay_out(sizes, activation_bytes(call->isa)).total_bytes;
 }
 
-int64_t puzzlemoe_packed_moe(const PuzzleMoeCall* call) {
-    switch (call->isa) {
-        case PUZZLEMOE_AVX2: return run_avx2(*call);
-        case PUZZLEMOE_AVX512: return run_avx512(*call);
-        case PUZZLEMOE_AVX512_BF16: return run_avx512_bf16(*call);
-        case PUZZLEMOE_AMX_BF16: return run_amx_bf16(*call);
-        default: return run_portable(*call);
+int64_t puzzlemoe_packed_moe(const PuzzleMoeCall* given) {
+    const PuzzleMoeCall call = with_threads(*given);
+    switch (call.isa) {
+        case PUZZLEMOE_AVX2: return run_avx2(call);
+        case PUZZLEMOE_AVX512: return run_avx512(call);
+        case PUZZLEMOE_AVX512_BF16: return run_avx512_bf16(call);
+        case PUZZLEMOE_AMX_BF16: return run_amx_bf16(call);
+        default: return run_portable(call);
     }
 }
 
