@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from vllm_puzzle.format import LayerSlots, pack, unpack
+from vllm_puzzle.format import WORD16, LayerSlots, pack, unpack
 from vllm_puzzle.kernels import REFERENCE, packed_moe
 from vllm_puzzle.kernels.cpu import padded, tile_slots_
 
@@ -42,6 +42,12 @@ class Case:
         self.topk_weights = torch.rand(num_tokens, top_k, generator=generator)
         chosen = [torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)]
         self.topk_ids = torch.stack(chosen).int() if chosen else torch.empty(0, top_k, dtype=torch.int32)
+
+    def make_positive(self) -> None:
+        """Leaves no two terms to cancel: in a sum of few, rounding can be all that is left, and says nothing."""
+        self.x = self.x.abs()
+        for words in (self.w13, self.w2):
+            words &= ~sum(1 << bit for bit in WORD16.sign_bits)
 
     def weights(self, engine: str) -> tuple[torch.Tensor, torch.Tensor]:
         """w13 and w2 as `engine` takes them."""

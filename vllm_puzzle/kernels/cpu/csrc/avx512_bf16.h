@@ -14,8 +14,8 @@ struct Avx512Bf16 {
     using Act = uint16_t;
     // 12 rows x 2 tiles are 24 sums; 32 registers leave room for two tiles and a broadcast.
     static constexpr int kChunk = 12;
-    // Up to here decoding in registers, once for all rows, beats storing what was decoded.
-    static constexpr int kMostPacked = 10;
+    // While one chunk takes all rows, decoding in registers beats storing what was decoded.
+    static constexpr int kMostPacked = kChunk;
     // How far ahead words are asked for, in K-steps of 2 KB: about what memory delivers in its own latency.
     static constexpr int kStepsAhead = 2;
 
@@ -23,23 +23,23 @@ struct Avx512Bf16 {
     static void end() {}
     static bool takes_packed(int32_t n0, int32_t n1) { return n0 + n1 <= kMostPacked; }
 
-    static void packed(const uint16_t* words, const uint16_t* next, int steps, const uint16_t* a, int32_t n0,
-                       int32_t n1, int64_t stride, float* c, uint16_t*) {
-        kPacked[n0][n1](words, next, steps, a, stride, c);
+    static void packed(const uint16_t* words, const uint16_t* stream, const uint16_t* next, int steps,
+                       const uint16_t* a, int32_t n0, int32_t n1, int64_t stride, float* c, uint16_t*) {
+        kPacked[n0][n1](words, stream, next, steps, a, stride, c);
     }
 
     static void decode(const uint16_t* words, const uint16_t* next, int steps, uint16_t* d0, uint16_t* d1) {
         for (int step = 0; step < steps; ++step) {
             const int64_t place = int64_t(step) * kStepWords;
-            decode_step(words, next, step, steps, d0 ? d0 + place : nullptr, d1 ? d1 + place : nullptr);
+            decode_step(words, words, next, step, steps, d0 ? d0 + place : nullptr, d1 ? d1 + place : nullptr);
         }
     }
 
     // Decodes one K-step; `d0` and `d1` are where this step's words go.
-    static void decode_step(const uint16_t* words, const uint16_t* next, int step, int steps, uint16_t* d0,
-                            uint16_t* d1) {
+    static void decode_step(const uint16_t* words, const uint16_t* stream, const uint16_t* next, int step, int steps,
+                            uint16_t* d0, uint16_t* d1) {
         const uint16_t* from = words + int64_t(step) * kStepWords;
-        const uint16_t* ahead = words_ahead(words, next, step, steps);
+        const uint16_t* ahead = words_ahead(stream, next, step, steps);
         for (int i = 0; i < kStepWords; i += kPairWords) {
             _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
             const __m512i w = _mm512_loadu_si512(from + i);
@@ -53,9 +53,9 @@ struct Avx512Bf16 {
         kDense[n](decoded, steps, a, stride, c, ahead);
     }
 
-    static const uint16_t* words_ahead(const uint16_t* words, const uint16_t* next, int step, int steps) {
+    static const uint16_t* words_ahead(const uint16_t* stream, const uint16_t* next, int step, int steps) {
         const int ahead = step + kStepsAhead;
-        return ahead < steps ? words + int64_t(ahead) * kStepWords : next + int64_t(ahead - steps) * kStepWords;
+        return ahead < steps ? stream + int64_t(ahead) * kStepWords : next + int64_t(ahead - steps) * kStepWords;
     }
 
     // Into the L2 cache: a block is as large as most L1 caches.
@@ -87,14 +87,14 @@ struct Avx512Bf16 {
     }
 
     template <int kRows0, int kRows1>
-    static void packed_rows(const uint16_t* words, const uint16_t* next, int steps, const uint16_t* a, int64_t stride,
-                            float* c) {
+    static void packed_rows(const uint16_t* words, const uint16_t* stream, const uint16_t* next, int steps,
+                            const uint16_t* a, int64_t stride, float* c) {
         constexpr int kRows = kRows0 + kRows1;
         __m512 sum[kRows > 0 ? kRows : 1][2];
         for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (int step = 0; step < steps; ++step) {
             const uint16_t* tile = words + int64_t(step) * kStepWords;
-            const uint16_t* ahead = words_ahead(words, next, step, steps);
+            const uint16_t* ahead = words_ahead(stream, next, step, steps);
             const uint16_t* x = a + step * kStepColumns;
             for (int pair = 0; pair < kPairsPerStep; ++pair, tile += kPairWords, ahead += 2 * kPairWords, x += 2) {
                 _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
@@ -138,7 +138,7 @@ struct Avx512Bf16 {
             for (int t = 0; t < 2; ++t) _mm512_storeu_ps(c + r * kBlockRows + t * kTileRows, sum[r][t]);
     }
 
-    using Packed = void (*)(const uint16_t*, const uint16_t*, int, const uint16_t*, int64_t, float*);
+    using Packed = void (*)(const uint16_t*, const uint16_t*, const uint16_t*, int, const uint16_t*, int64_t, float*);
     using Dense = void (*)(const uint16_t*, int, const uint16_t*, int64_t, float*, const uint16_t*);
 
     template <int kRows0, int... kRows1>

@@ -17,10 +17,10 @@ struct AmxBf16 {
     static bool takes_packed(int32_t n0, int32_t n1) { return n0 <= kTileRows && n1 <= kTileRows; }
 
     // One chunk a member: what is decoded goes through a ring in the L1 cache, two K-steps ahead of the multiplier.
-    static void packed(const uint16_t* words, const uint16_t* next, int steps, const uint16_t* a, int32_t n0,
-                       int32_t n1, int64_t stride, float* c, uint16_t* scratch) {
+    static void packed(const uint16_t* words, const uint16_t* stream, const uint16_t* next, int steps,
+                       const uint16_t* a, int32_t n0, int32_t n1, int64_t stride, float* c, uint16_t* scratch) {
         if (n0 + n1 <= kMostByLane) {
-            Avx512Bf16::packed(words, next, steps, a, n0, n1, stride, c, scratch);
+            Avx512Bf16::packed(words, stream, next, steps, a, n0, n1, stride, c, scratch);
             return;
         }
         constexpr int kRing = 4, kLead = 2;
@@ -33,7 +33,7 @@ struct AmxBf16 {
         for (int step = 0; step < steps + kLead; ++step) {
             if (step < steps) {
                 const int64_t place = int64_t(step % kRing) * kStepWords;
-                Avx512Bf16::decode_step(words, next, step, steps, n0 ? ring[0] + place : nullptr,
+                Avx512Bf16::decode_step(words, stream, next, step, steps, n0 ? ring[0] + place : nullptr,
                                         n1 ? ring[1] + place : nullptr);
             }
             const int ready = step - kLead;

@@ -8,8 +8,9 @@
 //   kChunk                  rows of activations that `dense` takes at the most
 //   begin(), end()          called by every thread around its work
 //   takes_packed(n0, n1)    whether `packed` takes these numbers of rows
-//   packed(words, next, steps, a, n0, n1, stride, c, scratch)
-//                           c = a @ decoded.T for n0 rows with member 0 and the n1 rows behind them with member 1
+//   packed(words, stream, next, steps, a, n0, n1, stride, c, scratch)
+//                           c = a @ decoded.T for n0 rows with member 0 and the n1 rows behind them with member 1; asks
+//                           for the words a little ahead of this place in `stream`, then in `next`
 //   decode(words, next, steps, d0, d1)   decodes a block for the members whose destination is not null
 //   dense(decoded, steps, a, n, stride, c, ahead)
 //                           c = a @ decoded.T; asks for the words at `ahead`, as many as were decoded, unless it is null
@@ -106,12 +107,21 @@ struct Moe {
         const int steps = int(columns / kStepColumns);
         const Act* a = rows + group.begin * stride;
         uint16_t* decoded[2] = {scratch(0), scratch(1)};
-        if (Isa::takes_packed(group.count[0], group.count[1])) {
-            Isa::packed(words, next, steps, a, group.count[0], group.count[1], stride, c, decoded[0]);
-            done(group.begin, group.count[0] + group.count[1], c);
+        const int32_t n0 = group.count[0], n1 = group.count[1];
+        if (Isa::takes_packed(n0, n1)) {
+            Isa::packed(words, words, next, steps, a, n0, n1, stride, c, decoded[0]);
+            done(group.begin, n0 + n1, c);
             return;
         }
-        Isa::decode(words, next, steps, group.count[0] ? decoded[0] : nullptr, group.count[1] ? decoded[1] : nullptr);
+        if (Isa::takes_packed(n0, 0) && Isa::takes_packed(0, n1)) {
+            // One member after the other: the second finds the words in the cache and fetches the next block meanwhile.
+            Isa::packed(words, words, next, steps, a, n0, 0, stride, c, decoded[0]);
+            done(group.begin, n0, c);
+            Isa::packed(words, next, next, steps, a + n0 * stride, 0, n1, stride, c, decoded[0]);
+            done(group.begin + n0, n1, c);
+            return;
+        }
+        Isa::decode(words, next, steps, n0 ? decoded[0] : nullptr, n1 ? decoded[1] : nullptr);
         // The first chunk fetches the next block while it multiplies, or memory would rest until the last one is done.
         const uint16_t* ahead = next;
         int64_t first = group.begin;
