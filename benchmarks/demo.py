@@ -2,7 +2,7 @@
 
 It uses the sparsely routed variant of the reference model: half of each layer's neurons sit in a shared expert that
 packing leaves alone, so its answers stay sensible at 50 %. The all-active variant, whose whole FFN is merged, soon
-repeats itself.
+repeats itself. The uncompressed model is served the same way, one after the other, for its speed and memory.
 The last line of output is one JSON object.
 """
 
@@ -11,18 +11,19 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import psutil
 from openai import OpenAI
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.reference_model import DEFAULT_CACHE, build, read_text
 from vllm_puzzle.format import parse_packed_name
@@ -30,8 +31,10 @@ from vllm_puzzle.offline.checkpoint import Checkpoint
 
 QUESTION = "What is the capital of France?"
 MAX_TOKENS = 48
+STREAMS = 5
 CALIBRATION_SEQUENCES = 8
 START_TIMEOUT_S = 400
+KV_CACHE_GIB = 1
 
 
 def _run(*arguments: str) -> None:
@@ -47,9 +50,22 @@ def _expert_bytes(checkpoint: Checkpoint) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running `vllm serve`."""
+
+    base_url: str
+    pid: int
+
+    def resident_bytes(self) -> int:
+        """What its processes keep in memory, pages that they share counted once (PSS)."""
+        root = psutil.Process(self.pid)
+        return sum(process.memory_full_info().pss for process in [root, *root.children(recursive=True)])
+
+
 @contextmanager
-def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """`vllm serve` on loopback with more `options`; yields the API's base URL and stops the server at the block's end.
+def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
+    """`vllm serve` on loopback with more `options`, stopped at the block's end.
 
     Raises:
         RuntimeError: the server ended or did not answer in time; its log has the reason.
@@ -57,18 +73,23 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--quantization", "puzzlemoe"]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
     # Compiling takes longer than it saves in a demonstration of two answers.
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
-    print("$", " ".join(command[:5]), flush=True)
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    print("$", " ".join([*command[:3], *options]), flush=True)
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     with log.open("w") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
         _wait_until_healthy(f"http://127.0.0.1:{port}/health", server, log)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield Server(f"http://127.0.0.1:{port}/v1", server.pid)
     finally:
         server.send_signal(signal.SIGINT)
         try:
@@ -91,40 +112,31 @@ def _wait_until_healthy(url: str, server: "subprocess.Popen[bytes]", log: Path) 
     raise RuntimeError(f"vllm serve did not answer within {START_TIMEOUT_S} s; see {log}")
 
 
-def ask(base_url: str, model: Path) -> tuple[str, float]:
-    """The chat's answer, and the rate of a streamed completion in tokens per second after its first token."""
-    client = OpenAI(base_url=base_url, api_key="none")
+def ask(server: Server, model: Path) -> tuple[str, float]:
+    """The chat's answer, and tokens per second after the first one, the median of STREAMS streamed completions."""
+    client = OpenAI(base_url=server.base_url, api_key="none")
     chat = client.chat.completions.create(
         model=str(model),
         messages=[{"role": "user", "content": QUESTION}],
         temperature=0,
         max_tokens=MAX_TOKENS,
     )
-    stamps = []
-    print("streamed: The Moon is", end="", flush=True)
-    for chunk in client.completions.create(
-        model=str(model),
-        prompt="The Moon is",
-        temperature=0,
-        max_tokens=MAX_TOKENS,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    ):
-        stamps.append(time.monotonic())
-        print(chunk.choices[0].text, end="", flush=True)
-    print()
-    return chat.choices[0].message.content or "", (len(stamps) - 1) / (stamps[-1] - stamps[0])
-
-
-def answer_uncompressed(model: Path) -> str:
-    """What the uncompressed model answers, greedily, through transformers."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    inputs: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    output = network.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    rates, text = [], ""
+    for _ in range(STREAMS):
+        stamps, text = [], ""
+        for chunk in client.completions.create(
+            model=str(model),
+            prompt="The Moon is",
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ):
+            stamps.append(time.monotonic())
+            text += chunk.choices[0].text
+        rates.append((len(stamps) - 1) / (stamps[-1] - stamps[0]))
+    print(f"streamed: The Moon is{text}", flush=True)
+    return chat.choices[0].message.content or "", statistics.median(rates)
 
 
 def demo(work: Path, cache: Path) -> dict[str, Any]:
@@ -139,11 +151,16 @@ def demo(work: Path, cache: Path) -> dict[str, Any]:
     options = ("--calibration", str(text), "--calibration-sequences", str(CALIBRATION_SEQUENCES))
     _run("vllm_puzzle.convert", str(source), str(packed), *options)
     before, after = Checkpoint(source), Checkpoint(packed)
-    uncompressed = answer_uncompressed(source)
-    with serving(packed, work / "server.log", "--max-model-len", "2048") as base_url:
-        answer, rate = ask(base_url, packed)
+    with serving(source, work / "server-uncompressed.log", "--max-model-len", "2048") as server:
+        uncompressed, rate_before = ask(server, source)
+        resident_before = server.resident_bytes()
+    with serving(packed, work / "server.log", "--quantization", "puzzlemoe", "--max-model-len", "2048") as server:
+        answer, rate = ask(server, packed)
+        resident = server.resident_bytes()
     print(f"experts     {_expert_bytes(before):>12,} -> {_expert_bytes(after):>12,} bytes")
     print(f"checkpoint  {before.num_bytes:>12,} -> {after.num_bytes:>12,} bytes")
+    print(f"resident    {resident_before:>12,} -> {resident:>12,} bytes, of which vLLM's KV cache {KV_CACHE_GIB} GiB")
+    print(f"tokens/s    {rate_before:>12.1f} -> {rate:>12.1f}")
     print(f"question:      {QUESTION}\nuncompressed:  {uncompressed}\npacked pairs:  {answer}")
     return {
         "expert_bytes_before": _expert_bytes(before),
@@ -152,6 +169,9 @@ def demo(work: Path, cache: Path) -> dict[str, Any]:
         "checkpoint_bytes_after": after.num_bytes,
         "answer": answer,
         "answer_uncompressed": uncompressed,
+        "resident_bytes_before": resident_before,
+        "resident_bytes_after": resident,
+        "tokens_per_s_before": round(rate_before, 2),
         "tokens_per_s": round(rate, 2),
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -17,6 +17,7 @@ import vllm_puzzle.versions
 from tests.plugin.engine import running
 from tests.tiny import build_tiny
 from vllm_puzzle.format import FormatError, LayerSlots
+from vllm_puzzle.kernels import EngineError
 from vllm_puzzle.loader import PackedExpertLoader
 from vllm_puzzle.plugin import register
 
@@ -179,7 +180,7 @@ def test_ranks_that_would_split_a_pair(packed: Path, monkeypatch: pytest.MonkeyP
         pass
 
 
-def make_loader(local_slots: list[int] | None = None, tp_rank: int = 0) -> PackedExpertLoader:
+def make_loader(local_slots: list[int] | None = None, tp_rank: int = 0, tp_size: int = 1) -> PackedExpertLoader:
     slots = LayerSlots(layer=0, experts=[1, 0, 2, 3], pairs=1)
     return PackedExpertLoader(
         layer_name="model.layers.0.mlp.experts",
@@ -188,6 +189,7 @@ def make_loader(local_slots: list[int] | None = None, tp_rank: int = 0) -> Packe
         projections={"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
         full_shapes={"w1": (4, 6), "w3": (4, 6), "w2": (6, 4)},
         tp_rank=tp_rank,
+        tp_size=tp_size,
     )
 
 
@@ -199,7 +201,7 @@ def test_tensor_parallel_ranks_load_their_own_rows_and_columns() -> None:
     gate, up, down = (torch.arange(24, dtype=torch.int16).view(4, 6) + 100 * i for i in range(3))
     down = down.reshape(6, 4)
     for rank in (0, 1):
-        loader, w13, w2 = make_loader(tp_rank=rank), parameter(3, 4, 6), parameter(3, 6, 2)
+        loader, w13, w2 = make_loader(tp_rank=rank, tp_size=2), parameter(3, 4, 6), parameter(3, 6, 2)
         for weight, shard, target in ((gate, "w1", w13), (up, "w3", w13), (down, "w2", w2)):
             # Positionally, as vLLM's older models call it.
             assert loader(target, weight, "name", shard, 2, True)
@@ -207,6 +209,23 @@ def test_tensor_parallel_ranks_load_their_own_rows_and_columns() -> None:
         assert torch.equal(w13[1], torch.cat([gate[mine], up[mine]]))
         assert torch.equal(w2[1], down[:, mine])
         assert not w13[[0, 2]].any()
+
+
+def test_padding_is_zero_whatever_was_there() -> None:
+    """On a reload the padded parameters hold words in tile order, zero or not where this rank's part ends."""
+    gate, up, down = (torch.arange(24, dtype=torch.int16).view(4, 6) + 100 * i for i in range(3))
+    down = down.reshape(6, 4)
+    for rank in (0, 1):
+        loader, w13, w2 = make_loader(tp_rank=rank, tp_size=2), parameter(3, 64, 32), parameter(3, 32, 32)
+        w13.fill_(7)
+        w2.fill_(7)
+        for weight, shard, target in ((gate, "w1", w13), (up, "w3", w13), (down, "w2", w2)):
+            assert loader(target, weight, "name", shard, 2, True)
+        mine = slice(2 * rank, 2 * rank + 2)
+        expected13, expected2 = torch.zeros(64, 32, dtype=torch.int16), torch.zeros(32, 32, dtype=torch.int16)
+        expected13[:2, :6], expected13[32:34, :6], expected2[:6, :2] = gate[mine], up[mine], down[:, mine]
+        assert torch.equal(w13[1], expected13)
+        assert torch.equal(w2[1], expected2)
 
 
 def test_an_expert_parallel_rank_counts_its_own_slots_only() -> None:
@@ -225,6 +244,12 @@ def test_an_expert_parallel_rank_counts_its_own_slots_only() -> None:
     loader.finish()
     # A reload starts over.
     assert loader(w13, gate, "name", "w1", 2, return_success=True) is True
+
+
+def test_an_engine_that_cannot_compute_the_dtype_is_refused(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PUZZLE_CPU_ISA", "avx2")
+    with pytest.raises(EngineError, match="the model runs in float32; choose auto"), running(packed, dtype="float32"):
+        pass
 
 
 def test_registering_twice_changes_nothing() -> None:

@@ -28,8 +28,9 @@ def test_chat_completion_and_stream_over_http(
 ) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     prompt = "three pears and"
-    with serving(chat_model, tmp_path / "server.log", "--dtype", "float32") as base_url:
-        client = OpenAI(base_url=base_url, api_key="none")
+    options = ("--quantization", "puzzlemoe", "--dtype", "float32")
+    with serving(chat_model, tmp_path / "server.log", *options) as server:
+        client = OpenAI(base_url=server.base_url, api_key="none")
         assert [model.id for model in client.models.list()] == [str(chat_model)]
         chat = client.chat.completions.create(
             model=str(chat_model), messages=[{"role": "user", "content": "hi"}], temperature=0, max_tokens=8
@@ -60,10 +61,10 @@ def test_chat_completion_and_stream_over_http(
     assert len(answer) > 4
     assert "".join(streamed).rstrip("\ufffd") == answer
     log = (tmp_path / "server.log").read_text()
-    assert "Routed experts run from packed pairs on the reference engine" in log
+    assert "Routed experts run from packed pairs on the engine cpu-portable" in log
     # The server is gone: nobody answers, and the same tokens come from an engine in this process.
     with pytest.raises(OSError, match="refused"):
-        urlopen(base_url.removesuffix("/v1") + "/health", timeout=5)
+        urlopen(server.base_url.removesuffix("/v1") + "/health", timeout=5)
     with running(chat_model, dtype="float32") as llm:
         (local,) = generate(llm, [llm.get_tokenizer().encode(prompt)], 16)
         assert llm.get_tokenizer().decode(local.tokens).rstrip("\ufffd") == answer

@@ -1,0 +1,46 @@
+"""The benchmark of one MoE layer: its peers compute the same experts, and its rows say what it measured."""
+
+import pytest
+import torch
+
+from benchmarks.cpu_moe import Limits, Load, Shape, build_layers, check_agreement, measure
+
+SHAPE = Shape("small", num_experts=8, hidden_size=256, intermediate_size=128, top_k=2)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.cpu_moe.torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("benchmarks.cpu_moe.ROTATED_BYTES", 1e6)
+
+
+def test_engines_agree_and_rows_are_complete() -> None:
+    torch.manual_seed(0)
+    layers = build_layers(SHAPE)
+    assert len(layers) == 2
+    for engines in layers:
+        differences = check_agreement(SHAPE, engines)
+        bounds = {"bf16_vec": 0.01, "bf16_amx": 0.01, "fp8": 0.1, "int8": 0.1, "int4": 0.4}
+        assert {"bf16_vec", "fp8", "int8", "int4"} <= set(differences) <= set(bounds)
+        # Each format's own rounding, neither nothing nor another function.
+        assert all(difference < bounds[name] for name, difference in differences.items())
+        assert all(differences[name] > 0.01 for name in ("fp8", "int8", "int4"))
+    rows = measure(SHAPE, layers, Load(1, "mates"), 2, Limits())
+    assert [row["engine"] for row in rows][0].startswith("cpu-")
+    ours = rows[0]
+    activations = 2 * SHAPE.hidden_size * 2
+    # Mates share one slot: half the bytes of their two BF16 experts.
+    assert ours["bytes_moved"] == 2 * SHAPE.expert_weights + activations
+    bf16 = next(row for row in rows if row["engine"] == "bf16_vec")
+    assert bf16["bytes_moved"] == 4 * SHAPE.expert_weights + activations
+    assert max(row["ratio_vs_bf16"] for row in rows if row["engine"].startswith("bf16")) == 1
+    assert ours["gb_per_s"] == pytest.approx(ours["bytes_moved"] / ours["ms_median"] / 1e6, rel=0.05)
+
+
+def test_routing_is_as_named() -> None:
+    mates = Load(50, "mates").draw(SHAPE)
+    assert torch.equal(mates[:, 0] + 1, mates[:, 1])
+    assert not (mates[:, 0] % 2).any()
+    drawn = Load(50).draw(SHAPE)
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    assert drawn.unique().numel() == SHAPE.num_experts
