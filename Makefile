@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CPU_ENGINE := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so
 
 # Where pip finds torch's CPU wheels (2.13.0+cpu). Empty, pip's own configuration must know a place. Elsewhere, give the
 # index that PyTorch's "Get started" page shows for the platform CPU:
@@ -13,18 +14,18 @@ TORCH_INDEX ?=
 
 .PHONY: demo test clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/ready $(CPU_ENGINE)
 	rm -rf demo
 	$(BIN)/python -m benchmarks.demo --work demo
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(CPU_ENGINE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) demo .cache
+	rm -rf $(VENV) $(CPU_ENGINE) demo .cache
 
 $(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,3 +39,7 @@ $(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
 	$(BIN)/pip install --quiet --no-deps ./tools/vllm-cpu-shim
 # Mend 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission (vllm_puzzle/plugin.py, _permit_amx).
 	touch $@
+
+# The editable install compiles it too; this is for whoever changes its sources.
+$(CPU_ENGINE): $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/kernels/cpu/build.py vllm_puzzle/format/layout.py | $(VENV)/ready
+	$(BIN)/python vllm_puzzle/kernels/cpu/build.py
