@@ -191,7 +191,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['shape']:<17}{row['threads']:>2} thr {row['num_tokens']:>5} {row['routing']:<7}{row['engine']:<16}"
             f"{row['ms_median']:>9.2f} ms {row['gb_per_s']:>6.1f} GB/s ={row['share_of_bandwidth']:>5.0%} of "
-            f"{row['read_gb_per_s']:.1f}  {row['ratio_vs_bf16']:>5.2f} x bf16  ({row['bound']})",
+            f"{row['read_gb_per_s']:.1f}  {row['ratio_vs_bf16']:>5.2f} x bf16  ({row['bound']}; GEMM "
+            f"{row['gemm_gmac_per_s']:.0f} GMAC/s)",
             flush=True,
         )
 
