@@ -1,4 +1,8 @@
 // The exported functions: which ISA levels may be used, and the way to each.
+#ifdef __clang__
+#error "compile with g++: clang's OpenMP runtime would be a second pool of threads beside torch's"
+#endif
+
 #include <cpuid.h>
 #include <omp.h>
 #include <sys/syscall.h>
