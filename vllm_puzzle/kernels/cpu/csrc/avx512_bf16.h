@@ -12,6 +12,7 @@ namespace {
 
 struct Avx512Bf16 {
     using Act = uint16_t;
+    static constexpr bool kDecodesInRegisters = true;
     // 12 rows x 2 tiles are 24 sums; 32 registers leave room for two tiles and a broadcast.
     static constexpr int kChunk = 12;
     // While one chunk takes all rows, decoding in registers beats storing what was decoded.

@@ -15,12 +15,10 @@ typedef uint16_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_a
 struct Generic {
     using Act = float;
     static constexpr int kChunk = 8;
+    static constexpr bool kDecodesInRegisters = false;
 
     static void begin() {}
     static void end() {}
-    static bool takes_packed(int32_t, int32_t) { return false; }
-    static void packed(const uint16_t*, const uint16_t*, const uint16_t*, int, const float*, int32_t, int32_t, int64_t,
-                       float*, uint16_t*) {}
 
     static void decode(const uint16_t* words, const uint16_t*, int steps, uint16_t* d0, uint16_t* d1) {
         for (int64_t i = 0; i < int64_t(steps) * kStepWords; i += 2 * kLanes) {

@@ -7,6 +7,7 @@ namespace {
 
 struct AmxBf16 {
     using Act = uint16_t;
+    static constexpr bool kDecodesInRegisters = true;
     // Two tiles of activations by two of weights keep four sums: each loaded tile is used twice.
     static constexpr int kChunk = 32;
     // vdpbf16ps wins while a tile of 16 rows would be mostly empty.

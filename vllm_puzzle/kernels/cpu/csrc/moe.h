@@ -7,13 +7,14 @@
 //   Act                     what an activation is kept in: uint16_t (BF16) or float
 //   kChunk                  rows of activations that `dense` takes at the most
 //   begin(), end()          called by every thread around its work
+//   kDecodesInRegisters     whether it has the next two
 //   takes_packed(n0, n1)    whether `packed` takes these numbers of rows
 //   packed(words, stream, next, steps, a, n0, n1, stride, c, scratch)
 //                           c = a @ decoded.T for n0 rows with member 0 and the n1 rows behind them with member 1; asks
 //                           for the words a little ahead of this place in `stream`, then in `next`
 //   decode(words, next, steps, d0, d1)   decodes a block for the members whose destination is not null
 //   dense(decoded, steps, a, n, stride, c, ahead)
-//                           c = a @ decoded.T; asks for the words at `ahead`, as many as were decoded, unless it is null
+//                           c = a @ decoded.T; asks for as many words at `ahead` as were decoded, unless it is null
 // `words` is a block in tile order, `next` the block that is likely to be read after it, c is (rows, 32) float32.
 #pragma once
 
@@ -108,18 +109,20 @@ struct Moe {
         const Act* a = rows + group.begin * stride;
         uint16_t* decoded[2] = {scratch(0), scratch(1)};
         const int32_t n0 = group.count[0], n1 = group.count[1];
-        if (Isa::takes_packed(n0, n1)) {
-            Isa::packed(words, words, next, steps, a, n0, n1, stride, c, decoded[0]);
-            done(group.begin, n0 + n1, c);
-            return;
-        }
-        if (Isa::takes_packed(n0, 0) && Isa::takes_packed(0, n1)) {
-            // One member after the other: the second finds the words in the cache and fetches the next block meanwhile.
-            Isa::packed(words, words, next, steps, a, n0, 0, stride, c, decoded[0]);
-            done(group.begin, n0, c);
-            Isa::packed(words, next, next, steps, a + n0 * stride, 0, n1, stride, c, decoded[0]);
-            done(group.begin + n0, n1, c);
-            return;
+        if constexpr (Isa::kDecodesInRegisters) {
+            if (Isa::takes_packed(n0, n1)) {
+                Isa::packed(words, words, next, steps, a, n0, n1, stride, c, decoded[0]);
+                done(group.begin, n0 + n1, c);
+                return;
+            }
+            if (Isa::takes_packed(n0, 0) && Isa::takes_packed(0, n1)) {
+                // One member after the other: the second finds the words in the cache, and fetches the next block.
+                Isa::packed(words, words, next, steps, a, n0, 0, stride, c, decoded[0]);
+                done(group.begin, n0, c);
+                Isa::packed(words, next, next, steps, a + n0 * stride, 0, n1, stride, c, decoded[0]);
+                done(group.begin + n0, n1, c);
+                return;
+            }
         }
         Isa::decode(words, next, steps, n0 ? decoded[0] : nullptr, n1 ? decoded[1] : nullptr);
         // The first chunk fetches the next block while it multiplies, or memory would rest until the last one is done.
@@ -179,7 +182,8 @@ struct Moe {
             const bool last = g + 1 == num_groups;
             const int64_t next_block = last && block + 1 < call.padded_hidden / kBlockRows ? block + 1 : block;
             const uint16_t* words = call.w2 + group.slot * slot_words + block * block_words;
-            const uint16_t* next = call.w2 + space.groups[last ? 0 : g + 1].slot * slot_words + next_block * block_words;
+            const Group& after = space.groups[last ? 0 : g + 1];
+            const uint16_t* next = call.w2 + after.slot * slot_words + next_block * block_words;
             multiply(group, words, next, call.padded_intermediate, inner_row(0), space.inner_stride,
                      [&](int64_t first, int64_t count, const float* c) {
                          for (int64_t i = 0; i < count; ++i) {

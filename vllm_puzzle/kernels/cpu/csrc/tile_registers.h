@@ -1,5 +1,6 @@
-// AMX's tile registers, all eight configured as 16 rows of 64 bytes; or, with PUZZLEMOE_EMULATE_TILES, the same in plain
-// C++, by which the tests run the AMX kernels on CPUs without AMX and under sanitizers that see no tile instruction.
+// AMX's tile registers, all eight configured as 16 rows of 64 bytes; or, with PUZZLEMOE_EMULATE_TILES, the same in
+// plain C++, by which the tests run the AMX kernels on CPUs without AMX, and under sanitizers that see no tile
+// instruction.
 #pragma once
 
 #include <cstdint>
