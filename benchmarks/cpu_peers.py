@@ -85,7 +85,7 @@ class VllmBf16(Engine):
 
 
 class VllmQuantized(Engine):
-    """`fused_experts_cpu` on weights, scales and zero points as one of the `quantize_*` functions made them."""
+    """`fused_experts_cpu` on weights, scales and zero points as `_fp8`, `_int8` or `_int4` made them."""
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ def packed_moe(
     Raises:
         ValueError: shapes that do not fit each other, an expert id that is out of range, or an activation, a dtype or
             an engine that is not supported.
+        EngineError: this machine cannot use the engine.
     """
     isa = cpu_isa(engine)
     if isa is None:

@@ -15,6 +15,35 @@ int32_t slot_code(const PuzzleMoeCall& call, int64_t pair) {
 
 }  // namespace
 
+Workspace lay_out(const PuzzleMoeCall& call, int64_t activation_bytes) {
+    Workspace space{};
+    char* base = static_cast<char*>(call.workspace);
+    int64_t used = 0;
+    auto take = [&](int64_t bytes) {
+        char* place = base ? base + used : nullptr;
+        used += (bytes + 63) / 64 * 64;
+        return place;
+    };
+    const int64_t gap = kRowGapBytes / activation_bytes;
+    space.num_rows = call.num_tokens * call.top_k;
+    space.x_stride = call.padded_hidden + gap;
+    space.inner_stride = call.padded_intermediate + gap;
+    space.row_begin = reinterpret_cast<int32_t*>(take((2 * call.num_slots + 1) * sizeof(int32_t)));
+    space.groups = reinterpret_cast<Group*>(take(call.num_slots * sizeof(Group)));
+    space.row_token = reinterpret_cast<int32_t*>(take(space.num_rows * sizeof(int32_t)));
+    space.row_weight = reinterpret_cast<float*>(take(space.num_rows * sizeof(float)));
+    space.x = take((space.num_rows + kSpareRows) * space.x_stride * activation_bytes);
+    space.inner = take((space.num_rows + kSpareRows) * space.inner_stride * activation_bytes);
+    const int64_t columns =
+        call.padded_hidden > call.padded_intermediate ? call.padded_hidden : call.padded_intermediate;
+    space.decoded_words = (columns > kLeastColumns ? columns : kLeastColumns) * kBlockRows;
+    space.thread_bytes = 2 * space.decoded_words * int64_t(sizeof(uint16_t)) +
+                         (call.num_tokens * kBlockRows * int64_t(sizeof(float)) + 63) / 64 * 64;
+    space.per_thread = take(space.thread_bytes * call.num_threads);
+    space.total_bytes = used;
+    return space;
+}
+
 int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space) {
     const int64_t num_codes = 2 * call.num_slots;
     int32_t* begin = space.row_begin;

@@ -1,4 +1,5 @@
-// Where the intermediate results of a call lie in its workspace.
+// Where the intermediate results of a call lie in its workspace. Nothing here is inline: the levels' translation units
+// include it, and the linker could keep the copy of one whose instructions another's CPU lacks.
 #pragma once
 
 #include "abi.h"
@@ -38,34 +39,7 @@ struct Workspace {
 };
 
 // `activation_bytes` is what the kernels of this ISA level keep an activation in: 2 (BF16) or 4 (float32).
-inline Workspace lay_out(const PuzzleMoeCall& call, int64_t activation_bytes) {
-    Workspace space{};
-    char* base = static_cast<char*>(call.workspace);
-    int64_t used = 0;
-    auto take = [&](int64_t bytes) {
-        char* place = base ? base + used : nullptr;
-        used += (bytes + 63) / 64 * 64;
-        return place;
-    };
-    const int64_t gap = kRowGapBytes / activation_bytes;
-    space.num_rows = call.num_tokens * call.top_k;
-    space.x_stride = call.padded_hidden + gap;
-    space.inner_stride = call.padded_intermediate + gap;
-    space.row_begin = reinterpret_cast<int32_t*>(take((2 * call.num_slots + 1) * sizeof(int32_t)));
-    space.groups = reinterpret_cast<Group*>(take(call.num_slots * sizeof(Group)));
-    space.row_token = reinterpret_cast<int32_t*>(take(space.num_rows * sizeof(int32_t)));
-    space.row_weight = reinterpret_cast<float*>(take(space.num_rows * sizeof(float)));
-    space.x = take((space.num_rows + kSpareRows) * space.x_stride * activation_bytes);
-    space.inner = take((space.num_rows + kSpareRows) * space.inner_stride * activation_bytes);
-    const int64_t columns =
-        call.padded_hidden > call.padded_intermediate ? call.padded_hidden : call.padded_intermediate;
-    space.decoded_words = (columns > kLeastColumns ? columns : kLeastColumns) * kBlockRows;
-    space.thread_bytes = 2 * space.decoded_words * int64_t(sizeof(uint16_t)) +
-                         (call.num_tokens * kBlockRows * int64_t(sizeof(float)) + 63) / 64 * 64;
-    space.per_thread = take(space.thread_bytes * call.num_threads);
-    space.total_bytes = used;
-    return space;
-}
+Workspace lay_out(const PuzzleMoeCall& call, int64_t activation_bytes);
 
 // Sorts the token-choice pairs by slot and member. Returns the number of slots that have any, or -1 for an id out of
 // range. Ids of -1 and experts that are not here are left out.
