@@ -1,6 +1,15 @@
-"""Settings for every test: no network, and vLLM engines inside the test process on a small KV cache."""
+"""Settings for every test: no network, and vLLM engines inside the test process on a small KV cache.
+
+Without a GPU, Triton's kernels run in its interpreter; with one, they are compiled, for the tests marked `gpu`.
+"""
 
 import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 os.environ.update(
     HF_HUB_OFFLINE="1",

@@ -69,7 +69,7 @@ def test_the_most_capable_level_is_chosen(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_engine(CPU, torch.bfloat16) == f"cpu-{max(usable_isas()).name.lower()}"
     assert choose_engine(CPU, torch.float32) == "cpu-portable"
     assert choose_engine(CPU, torch.float16) == "cpu-portable"
-    assert choose_engine(torch.device("cuda"), torch.bfloat16) == "reference"
+    assert choose_engine(torch.device("xpu"), torch.bfloat16) == "reference"
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,11 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("VLLM_PUZZLE_ENGINE", "fast", "VLLM_PUZZLE_ENGINE=fast is not an engine; choose auto, cpu or reference"),
+        (
+            "VLLM_PUZZLE_ENGINE",
+            "fast",
+            "VLLM_PUZZLE_ENGINE=fast is not an engine; choose auto, cpu, triton or reference",
+        ),
         ("VLLM_PUZZLE_CPU_ISA", "avx10", "VLLM_PUZZLE_CPU_ISA=avx10 is not a level; choose auto, portable, avx2, "),
         ("VLLM_PUZZLE_CPU_ISA", "amx_bf16", "=amx_bf16 cannot be used: this CPU does not have it; this machine can"),
     ],

@@ -6,21 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.cases import Case
-from vllm_puzzle.kernels import REFERENCE, packed_moe
+from vllm_puzzle.kernels import REFERENCE, TRITON, packed_moe
 from vllm_puzzle.kernels.cpu import usable_isas
+from vllm_puzzle.kernels.triton import INTERPRETED
 
 CPU_ENGINES = [f"cpu-{isa.name.lower()}" for isa in usable_isas()]
-HERE = [REFERENCE, *CPU_ENGINES]
+ON_CPU = [REFERENCE, *CPU_ENGINES]
+# In the interpreter, or compiled on a GPU.
+TRITON_MARKS = () if INTERPRETED else (pytest.mark.gpu,)
+HERE = [*ON_CPU, pytest.param(TRITON, marks=TRITON_MARKS)]
 # Which engines compute a dtype: see `choose_engine`.
-DTYPES = [(engine, torch.bfloat16) for engine in HERE] + [
+CPU_DTYPES = [(engine, torch.bfloat16) for engine in ON_CPU] + [
     (engine, dtype) for engine in (REFERENCE, "cpu-portable") for dtype in (torch.float16, torch.float32)
 ]
+DTYPES = CPU_DTYPES + [pytest.param(TRITON, dtype, marks=TRITON_MARKS) for dtype in (torch.bfloat16, torch.float16)]
 
 
 SIZES = st.one_of(st.integers(1, 100), st.integers(1, 8).map(lambda blocks: 32 * blocks))
 
 
-@pytest.mark.parametrize(("engine", "dtype"), DTYPES)
+@pytest.mark.parametrize(("engine", "dtype"), CPU_DTYPES)
 @settings(deadline=None, max_examples=25)
 @given(
     num_tokens=st.one_of(st.integers(0, 20), st.integers(0, 150)),

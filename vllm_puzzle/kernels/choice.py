@@ -9,8 +9,9 @@ from .cpu import Isa, unusable, usable_isas
 from .errors import EngineError
 
 REFERENCE = "reference"
+TRITON = "triton"
 _CPU_ENGINES = {f"cpu-{isa.name.lower()}": isa for isa in Isa}
-ENGINES = (REFERENCE, *_CPU_ENGINES)
+ENGINES = (REFERENCE, TRITON, *_CPU_ENGINES)
 
 
 @cache
@@ -32,9 +33,10 @@ def cpu_isa(engine: str) -> Isa | None:
 def choose_engine(device: torch.device, dtype: torch.dtype) -> str:
     """The engine for activations of `dtype` on `device`.
 
-    $VLLM_PUZZLE_ENGINE is auto (the CPU engine on a CPU, the reference engine elsewhere), cpu or reference.
-    $VLLM_PUZZLE_CPU_ISA is auto (the most capable level that the CPU and the kernel allow) or a level's name; float16
-    and float32 activations are for the portable level. What cannot be had is refused, never replaced.
+    $VLLM_PUZZLE_ENGINE is auto (the CPU engine on a CPU, Triton on CUDA and ROCm, the reference engine elsewhere), cpu,
+    triton or reference. $VLLM_PUZZLE_CPU_ISA is auto (the most capable level that the CPU and the kernel allow) or a
+    level's name; float16 and float32 activations are for the portable level. What cannot be had is refused, never
+    replaced.
 
     Returns:
         One of ENGINES.
@@ -43,13 +45,33 @@ def choose_engine(device: torch.device, dtype: torch.dtype) -> str:
         EngineError: an engine or level that does not exist, or cannot be used here or with `dtype`.
     """
     asked = os.environ.get("VLLM_PUZZLE_ENGINE", "auto")
-    if asked not in ("auto", "cpu", REFERENCE):
-        raise EngineError(f"VLLM_PUZZLE_ENGINE={asked} is not an engine; choose auto, cpu or reference")
+    if asked not in ("auto", "cpu", TRITON, REFERENCE):
+        raise EngineError(f"VLLM_PUZZLE_ENGINE={asked} is not an engine; choose auto, cpu, triton or reference")
     if asked == "cpu" and device.type != "cpu":
-        raise EngineError(f"VLLM_PUZZLE_ENGINE=cpu cannot compute on {device.type}; choose auto or reference")
+        raise EngineError(f"VLLM_PUZZLE_ENGINE=cpu cannot compute on {device.type}; choose auto, triton or reference")
+    if asked == TRITON or (asked == "auto" and device.type == "cuda"):
+        _check_triton(device, dtype)
+        return TRITON
     if asked == REFERENCE or device.type != "cpu":
         return REFERENCE
     return f"cpu-{_choose_isa(dtype).name.lower()}"
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
+    try:
+        from .triton import DTYPES, current_target
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"the triton engine needs {error.name}, which is not installed; install the triton that this torch "
+            f"({torch.__version__}) was built for, or choose VLLM_PUZZLE_ENGINE=reference"
+        ) from None
+    current_target(device)
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        raise EngineError(
+            f"the triton engine computes in bfloat16 and float16 and the model runs in {name}; serve with --dtype "
+            f"bfloat16, or choose VLLM_PUZZLE_ENGINE=reference"
+        )
 
 
 def _choose_isa(dtype: torch.dtype) -> Isa:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .choice import REFERENCE, cpu_isa
+from .choice import REFERENCE, TRITON, cpu_isa
 from .cpu import cpu_moe, fits_cpu, padded
 from .reference import ACTIVATIONS, reference_moe
 
@@ -33,7 +33,8 @@ def packed_moe(
         activation: one of ACTIVATIONS, applied to the gate before it multiplies the up projection.
         apply_router_weight_on_input: scale an expert's input by its router weight instead of its output.
         engine: one of ENGINES. For the CPU engines both sizes of w13 and w2 are rounded up to multiples of 32 with zero
-            words, and `vllm_puzzle.kernels.cpu.tile_slots_` has put the words into tile order.
+            words, and `vllm_puzzle.kernels.cpu.tile_slots_` has put the words into tile order. The Triton engine takes
+            x in bfloat16 or float16 and does not check ids, which would wait for the device.
 
     Returns:
         (num_tokens, hidden_size), the dtype of x.
@@ -43,6 +44,13 @@ def packed_moe(
             an engine that is not supported.
         EngineError: this machine cannot use the engine.
     """
+    if engine == TRITON:
+        _check(x, w13, w2, topk_weights, topk_ids, activation, False)
+        from .triton import fits_triton, triton_moe
+
+        if not fits_triton(x, w13, w2, slot_of_expert, topk_ids):
+            raise _misfit(engine, "x in bfloat16 or float16", x, w13, w2, slot_of_expert, topk_ids)
+        return triton_moe(x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input)
     isa = cpu_isa(engine)
     if isa is None:
         _check(x, w13, w2, topk_weights, topk_ids, activation, False)
@@ -52,11 +60,8 @@ def packed_moe(
     # One expression where all is well: see CALL_LAYOUT for what a line of Python costs here.
     if not (activation in ACTIVATIONS and fits_cpu(isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids)):
         _check(x, w13, w2, topk_weights, topk_ids, activation, True)
-        raise ValueError(
-            f"types do not fit {engine}: x {_kind(x)}, w13 {_kind(w13)}, w2 {_kind(w2)}, slot_of_expert "
-            f"{_kind(slot_of_expert)}, topk_ids {_kind(topk_ids)}; expected x in bfloat16 (cpu-portable: also float16, "
-            f"float32), contiguous int16 words, an int32 table, int32 or int64 ids, all on the CPU"
-        )
+        accepted = "x in bfloat16 (cpu-portable: also float16, float32), everything on the CPU"
+        raise _misfit(engine, accepted, x, w13, w2, slot_of_expert, topk_ids)
     return cpu_moe(isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input)
 
 
@@ -79,6 +84,22 @@ _LIBRARY = torch.library.Library("vllm_puzzle", "DEF")
 _LIBRARY.define("packed_moe" + torch.library.infer_schema(packed_moe, mutates_args=()))
 _LIBRARY.impl("packed_moe", packed_moe, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_puzzle::packed_moe", _fake, lib=_LIBRARY)
+
+
+def _misfit(
+    engine: str,
+    accepted: str,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    slot_of_expert: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> ValueError:
+    return ValueError(
+        f"types do not fit {engine}: x {_kind(x)}, w13 {_kind(w13)}, w2 {_kind(w2)}, slot_of_expert "
+        f"{_kind(slot_of_expert)}, topk_ids {_kind(topk_ids)}; expected contiguous int16 words, an int32 table, int32 "
+        f"or int64 ids, {accepted}"
+    )
 
 
 def _kind(tensor: torch.Tensor) -> str:

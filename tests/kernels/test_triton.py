@@ -1,0 +1,248 @@
+"""The Triton engine: every way of cutting the products, sorting, offsets beyond 32 bits, which device it takes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.cases import INTERPRETED_TOLERANCE, TOLERANCE, TRITON_DEVICE, Case
+from vllm_puzzle.format import pack
+from vllm_puzzle.kernels import REFERENCE, EngineError, choose_engine
+from vllm_puzzle.kernels.triton import INTERPRETED, find_undecodable_slot, triton_moe
+from vllm_puzzle.kernels.triton.configs import FOLDER, Config, Product, find_config, load_configs
+from vllm_puzzle.kernels.triton.routing import route
+from vllm_puzzle.kernels.triton.target import Target, current_target
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+Cut = tuple[int, int, bool, int, int, int]
+CUTS: list[Cut] = [
+    # members, block_tokens, weights_first, block_rows, block_k, split_k
+    (2, 8, True, 32, 16, 1),
+    (2, 16, False, 16, 32, 2),
+    (2, 16, True, 64, 32, 3),
+    (1, 16, False, 32, 16, 3),
+    (1, 32, True, 16, 64, 1),
+    (1, 16, True, 128, 16, 2),
+]
+
+
+def make_config(
+    members: int, block_tokens: int, weights_first: bool, block_rows: int, block_k: int, split_k: int
+) -> Config:
+    product = Product(block_rows=block_rows, block_k=block_k, split_k=split_k, num_warps=4, num_stages=2)
+    return Config(
+        members=members, block_tokens=block_tokens, weights_first=weights_first, gate_up=product, down=product
+    )
+
+
+def check(case: Case, cut: Cut, activation: str = "silu", on_input: bool = False) -> None:
+    """Against float64, and against the reference engine."""
+    tensors = (case.x, case.w13, case.w2, case.slot_of_expert, case.topk_weights, case.topk_ids)
+    on_device = (tensor.to(TRITON_DEVICE) for tensor in tensors)
+    got = triton_moe(*on_device, activation, on_input, make_config(*cut)).cpu()
+    tolerance = (INTERPRETED_TOLERANCE if INTERPRETED else TOLERANCE)[case.x.dtype]
+    case.compare(got, case.expected(activation, on_input), tolerance)
+    case.compare(got, case.run(activation, on_input, REFERENCE).double(), tolerance)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 40])
+def test_numbers_of_tokens(cut: Cut, dtype: torch.dtype, num_tokens: int) -> None:
+    """Sizes that are no multiple of any block, members without tokens, ids of -1."""
+    case = Case(num_tokens, num_experts=9, pairs=3, top_k=3, hidden_size=40, intermediate_size=56, dtype=dtype)
+    case.topk_ids[torch.rand(case.topk_ids.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = -1
+    check(case, cut)
+
+
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[4]])
+def test_three_hundred_tokens_and_none(cut: Cut) -> None:
+    check(Case(num_tokens=300, num_experts=16, pairs=8, top_k=4, hidden_size=32, intermediate_size=32), cut)
+    assert Case(num_tokens=0).run(engine="triton").shape == (0, 32)
+
+
+@pytest.mark.parametrize("cut", CUTS[1:4])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_activations_and_router_weights(cut: Cut, activation: str, on_input: bool) -> None:
+    check(Case(num_tokens=9), cut, activation, on_input)
+
+
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[2], CUTS[3]])
+def test_adversarial_routing(cut: Cut) -> None:
+    case = Case(num_tokens=35, num_experts=8, pairs=4, top_k=2)
+    mates = torch.tensor([case.slots.members(slot) for slot in range(4)], dtype=torch.int32)
+    for ids in (
+        mates[0].expand(35, 2),  # One slot, both members, more than a block.
+        mates[torch.arange(35) % 4],  # Every slot, always both members.
+        mates[:, :1][torch.arange(35) % 4].expand(35, 2),  # First members only, each twice.
+        torch.where(torch.arange(35)[:, None] % 5 > 0, -1, mates[3]),  # Most tokens are padding.
+        torch.tensor([mates[0, 0]] * 34 + [mates[0, 1]])[:, None].expand(35, 2),  # Many of one member, one of its mate.
+    ):
+        case.topk_ids = ids.int().contiguous()
+        check(case, cut)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    num_tokens=st.integers(1, 30),
+    num_experts=st.integers(1, 16),
+    share=st.floats(0, 0.5),
+    hidden_size=st.integers(16, 70),
+    intermediate_size=st.integers(16, 70),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    cut=st.sampled_from(CUTS),
+    seed=st.integers(0, 2**32 - 1),
+    data=st.data(),
+)
+def test_random_shapes(
+    num_tokens: int,
+    num_experts: int,
+    share: float,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype,
+    cut: Cut,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    top_k = data.draw(st.integers(1, min(num_experts, 6)))
+    pairs = int(share * num_experts)
+    check(Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, dtype, seed), cut)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    num_tokens=st.one_of(st.integers(1, 30), st.integers(200, 500)),
+    top_k=st.integers(1, 8),
+    num_slots=st.integers(1, 70),
+    members=st.sampled_from([1, 2]),
+    block_tokens=st.sampled_from([8, 16, 64]),
+    skew=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_choices_are_sorted_and_cut(
+    num_tokens: int, top_k: int, num_slots: int, members: int, block_tokens: int, skew: int, seed: int
+) -> None:
+    """Of any number of choices, sorted in one chunk or in several."""
+    generator = torch.Generator().manual_seed(seed)
+    slot_of_expert = torch.randperm(2 * num_slots, generator=generator).int()
+    slot_of_expert[torch.rand(2 * num_slots, generator=generator) < 0.1] = -1
+    drawn = torch.rand(num_tokens, top_k, generator=generator) ** skew * (2 * num_slots + 1)
+    topk_ids = drawn.int() - 1
+    routing = route(topk_ids.to(TRITON_DEVICE), slot_of_expert.to(TRITON_DEVICE), num_slots, members, block_tokens)
+
+    flat = topk_ids.flatten().long()
+    codes = torch.where(flat >= 0, slot_of_expert[flat], -1)
+    in_blocks = []
+    for slot, *spans in routing.blocks.T.tolist():
+        assert members == 2 or not all(spans[1::2])
+        for member, (begin, count) in enumerate(zip(spans[::2], spans[1::2], strict=True)):
+            assert 0 <= count <= block_tokens
+            choices = routing.choices[begin : begin + count].tolist()
+            assert all(codes[choice] == 2 * slot + member for choice in choices)
+            in_blocks += choices
+    expected = sorted((code, choice) for choice, code in enumerate(codes.tolist()) if code >= 0)
+    assert sorted(in_blocks) == sorted(choice for _, choice in expected)
+    assert routing.choices[: len(expected)].tolist() == [choice for _, choice in expected]
+
+
+def test_slots_beyond_32_bit_offsets() -> None:
+    """Untouched memory costs nothing, so that a layer of 2**32 words can be had."""
+    case = Case(num_tokens=3, num_experts=2, pairs=1, top_k=2, hidden_size=512, intermediate_size=512)
+    expected = case.expected()
+    num_slots = 2**32 // case.w13.numel() + 1
+    for name in ("w13", "w2"):
+        words = getattr(case, name)
+        large = torch.empty(num_slots, *words.shape[1:], dtype=words.dtype)
+        large[-1] = words[0]
+        setattr(case, name, large)
+    assert case.w2.numel() > 2**31
+    case.slot_of_expert += 2 * (num_slots - 1)
+    case.compare(case.run(engine="triton"), expected, INTERPRETED_TOLERANCE[torch.bfloat16])
+
+
+def test_a_result_repeats_bit_by_bit() -> None:
+    case = Case(num_tokens=50, num_experts=12, pairs=6, top_k=4)
+    assert torch.equal(case.run(engine="triton"), case.run(engine="triton"))
+
+
+def test_magnitudes_that_float16_cannot_hold_are_found() -> None:
+    masks, signs = [torch.tensor(True)] * 2, [torch.tensor(False)] * 2
+    words = torch.stack([pack(torch.full((2, 2), value), masks, signs) for value in (1.0, 32640.0, 32768.0)])
+    assert find_undecodable_slot(words, torch.float16) == 2
+    assert find_undecodable_slot(words[:2], torch.float16) is None
+    assert find_undecodable_slot(words, torch.bfloat16) is None
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None = None) -> torch.device:
+    """A device that torch pretends to see; every one has an index of its own, since targets are cached."""
+    properties = SimpleNamespace(name="NVIDIA X/1 Y", multi_processor_count=99, major=major, minor=minor)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("torch.version.hip", hip)
+    return torch.device("cuda", 10 * major + minor - (hip is not None))
+
+
+def test_each_gpu_gets_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    for major, minor, family in ((8, 0, "sm80"), (8, 9, "sm80"), (9, 0, "sm90"), (10, 3, "sm100"), (12, 0, "sm80")):
+        target = current_target(gpu(monkeypatch, major, minor))
+        assert target == Target(family=family, device_name="NVIDIA_X_1_Y", num_sms=99, ptx=True)
+    assert current_target(gpu(monkeypatch, 9, 4, hip="6.4")) == Target("gfx942", "NVIDIA_X_1_Y", 99, ptx=False)
+
+
+def test_the_engine_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PUZZLE_ENGINE", raising=False)
+    with pytest.raises(EngineError, match=r"needs a CUDA or ROCm device and torch .* sees none"):
+        choose_engine(torch.device("cuda", 70), torch.bfloat16)
+    hopper = gpu(monkeypatch, 9, 0)
+    assert choose_engine(hopper, torch.bfloat16) == "triton"
+    assert choose_engine(hopper, torch.float16) == "triton"
+    with pytest.raises(EngineError, match="bfloat16 and float16 and the model runs in float32; serve with --dtype"):
+        choose_engine(hopper, torch.float32)
+    with pytest.raises(EngineError, match=r"compute capability 8.0\), NVIDIA X/1 Y has 7.5"):
+        choose_engine(gpu(monkeypatch, 7, 5), torch.float16)
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "triton")
+    with pytest.raises(EngineError, match="computes on CUDA and ROCm devices, not on xpu"):
+        choose_engine(torch.device("xpu"), torch.bfloat16)
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "reference")
+    assert choose_engine(hopper, torch.float32) == "reference"
+
+
+def test_sums_are_split_while_programs_are_few() -> None:
+    hopper = Target(family="sm90", device_name="none tuned", num_sms=132, ptx=True)
+    one, many = (find_config(hopper, 128, 64, 2048, 768, 8, num_tokens) for num_tokens in (1, 512))
+    assert one.gate_up.split_k > 1
+    assert (2048 // one.gate_up.block_k) % one.gate_up.split_k == 0
+    assert many.gate_up.split_k == many.down.split_k == 1
+    assert one.block_tokens < many.block_tokens
+
+
+def test_tuned_configurations_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = load_configs(FOLDER / "sm90.json")
+    chosen = {1: tuned[min(tuned)], 64: tuned[max(tuned)]}
+    text = ", ".join(f'"{key}": {config.model_dump_json()}' for key, config in chosen.items())
+    (tmp_path / "E=8,N=96,device_name=tuned_for,dtype=puzzlemoe.json").write_text(f"{{{text}}}", encoding="utf-8")
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    target = Target(family="sm90", device_name="tuned_for", num_sms=132, ptx=True)
+    for num_tokens, key in ((1, 1), (30, 1), (40, 64), (5000, 64)):
+        assert find_config(target, 8, 4, 64, 96, 2, num_tokens) == chosen[key]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a file of tile configurations"),
+        ("{}", "holds no tile configuration"),
+        ('{"1": {"members": 3}}', "is not a file of tile configurations"),
+    ],
+)
+def test_broken_configurations_are_refused_with_their_path(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(EngineError, match=f"{path} {message}"):
+        load_configs(path)

@@ -1,0 +1,130 @@
+"""Finding how the products are cut: a file tuned for the device and the shape, or else defaults for its family.
+
+Tuned files are named and found as those of vLLM's own `fused_moe` kernel: `E={num_experts},N={intermediate_size},
+device_name={name},dtype=puzzlemoe.json`, in $VLLM_TUNED_CONFIG_FOLDER and then among this package's own. They map
+numbers of tokens to configurations, and the nearest is taken. A default file, `{family}.json`, maps mean numbers of
+tokens per expert to configurations, of which the first that suffices is taken; its sums are split as far as enough
+programs ask for.
+"""
+
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ..errors import EngineError
+from .routing import most_blocks
+from .target import Target
+
+FOLDER = Path(__file__).with_name("configs")
+_logger = logging.getLogger("vllm.plugins.puzzlemoe")
+
+
+def _is_power_of_two(value: int) -> int:
+    if value < 1 or value & (value - 1):
+        raise ValueError(f"{value} is not a power of two")
+    return value
+
+
+PowerOfTwo = Annotated[int, AfterValidator(_is_power_of_two)]
+
+
+class Product(BaseModel):
+    """How one of the two products is cut; see `tiles.Tile`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    block_rows: Annotated[PowerOfTwo, Field(ge=16)]
+    block_k: Annotated[PowerOfTwo, Field(ge=16)]
+    split_k: Annotated[int, Field(ge=1)] = 1
+    num_warps: PowerOfTwo
+    num_stages: Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    """How one call is cut; see `tiles.Tile`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    members: Literal[1, 2]
+    block_tokens: Annotated[PowerOfTwo, Field(ge=8)]
+    weights_first: bool
+    gate_up: Product
+    down: Product
+
+
+_FILE = TypeAdapter(dict[Annotated[int, Field(ge=1, strict=False)], Config])
+
+
+@cache
+def load_configs(path: Path) -> dict[int, Config]:
+    """The configurations of a file, by rising key.
+
+    Raises:
+        EngineError: it cannot be read or breaks the schema.
+    """
+    try:
+        configs = _FILE.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EngineError(f"{path} is not a file of tile configurations: {error}") from None
+    if not configs:
+        raise EngineError(f"{path} holds no tile configuration; remove it or tune again")
+    return dict(sorted(configs.items()))
+
+
+def file_name(num_experts: int, intermediate_size: int, device_name: str) -> str:
+    """Of a tuned file; `intermediate_size` is this rank's part."""
+    return f"E={num_experts},N={intermediate_size},device_name={device_name},dtype=puzzlemoe.json"
+
+
+@cache
+def find_config(
+    target: Target,
+    num_experts: int,
+    num_slots: int,
+    hidden_size: int,
+    intermediate_size: int,
+    top_k: int,
+    num_tokens: int,
+) -> Config:
+    """The configuration for a number of tokens, not zero.
+
+    Raises:
+        EngineError: a file was found and is not valid.
+    """
+    tuned = _find_tuned(file_name(num_experts, intermediate_size, target.device_name))
+    if tuned is not None:
+        return tuned[min(tuned, key=lambda key: abs(key - num_tokens))]
+    defaults = load_configs(FOLDER / f"{target.family}.json")
+    tokens_per_expert = num_tokens * top_k / num_experts
+    key = next((key for key in defaults if key >= tokens_per_expert), max(defaults))
+    config = defaults[key]
+    # All experts fire long before tokens fill blocks; fewer tokens than slots spread over as many.
+    blocks = min(num_slots, most_blocks(num_tokens * top_k, num_slots, config.members, config.block_tokens))
+    gate_up = _split(
+        config.gate_up, hidden_size, -(-2 * intermediate_size // config.gate_up.block_rows) * blocks, target
+    )
+    down = _split(config.down, intermediate_size, -(-hidden_size // config.down.block_rows) * blocks, target)
+    return config.model_copy(update={"gate_up": gate_up, "down": down})
+
+
+@cache
+def _find_tuned(name: str) -> dict[int, Config] | None:
+    user_folder = os.environ.get("VLLM_TUNED_CONFIG_FOLDER")
+    for folder in ([Path(user_folder)] if user_folder else []) + [FOLDER]:
+        if (folder / name).is_file():
+            _logger.info("The triton engine's tiles come from %s.", folder / name)
+            return load_configs(folder / name)
+    _logger.info("The triton engine's tiles are defaults, nobody tuned them: %s was not found.", name)
+    return None
+
+
+def _split(product: Product, k: int, programs: int, target: Target) -> Product:
+    """Splits a sum into equal parts until every multiprocessor has two programs, or a part has two steps."""
+    steps = -(-k // product.block_k)
+    parts = [parts for parts in range(1, steps // 2 + 1) if steps % parts == 0] or [1]
+    enough = (count for count in parts if count * programs >= 2 * target.num_sms)
+    return product.model_copy(update={"split_k": next(enough, parts[-1])})
