@@ -2,21 +2,21 @@
 
     python -m benchmarks.gpu_moe --json FILE
 
-All engines hold the same experts, vLLM's unpacked, and each one's output is held against the reference engine before a
-time of it is printed. A call is captured once as a CUDA graph and replayed with new routing and an L2 cache full of
-other things; in every round each engine computes the same routing once, and ratios are of medians over the rounds.
-Beside the figures stands what bounds them: the bytes that must be read and written, at the bandwidth of a large read or
+All engines hold the same experts, and an output is held against the reference engine before its time is printed. A call
+is captured once as a CUDA graph and replayed with new routing and an L2 cache full of other things; in every round each
+engine computes the same routing once, and ratios are of medians over the rounds. Bandwidth is that of a large read or
 copy in the same run. FP8 has a scale per block of 128 x 128 weights and rounds activations within its call; a card
-without it has no such row. vLLM's log says whether its tiles were tuned for this card. The backends that a server may
-choose instead (FlashInfer, DeepGEMM, AITER) are not compared.
+without it has no such row. vLLM's log says whether its tiles were tuned for this card; what a server may choose instead
+(FlashInfer, DeepGEMM, AITER) is not compared.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +38,6 @@ SPARE_BYTES = 8e9
 FP8_BLOCK = 128
 
 
-class DisagreementError(RuntimeError):
-    """An engine computes something else, so that its time says nothing."""
-
-
 class PackedLayer:
     """Random experts in packed pairs on the card: expert e is member e % 2 of slot e // 2."""
 
@@ -54,22 +50,19 @@ class PackedLayer:
     def run(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, engine: str = TRITON
     ) -> torch.Tensor:
-        """See `packed_moe`."""
         return torch.ops.vllm_puzzle.packed_moe(
             x, self.w13, self.w2, self.slot_of_expert, topk_weights, topk_ids, "silu", False, engine
         )
 
 
 class Engine(NamedTuple):
-    """One layer's experts in one format.
-
-    `run` takes x, topk_weights and topk_ids; `per_slot`: both experts of a pair are read as one; `tolerance`: the
-    relative difference from the reference engine that the format's own rounding explains.
-    """
+    """One layer's experts in one format; `run` takes x, topk_weights and topk_ids."""
 
     name: str
     bytes_per_weight: int
+    # Whether both experts of a pair are read at once.
     per_slot: bool
+    # The relative difference from the reference engine that the format's own rounding explains.
     tolerance: float
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -80,29 +73,25 @@ class Clock:
     def __init__(self) -> None:
         self._memory = torch.ones(FLUSHED_BYTES // 4, device=DEVICE)
 
-    def start(self, work: Callable[[], object]) -> Callable[[], float]:
-        """Queues `work`; the result waits for it and gives its microseconds."""
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # What was read, unlike what was written, need not be written back while `work` runs.
-        self._memory.sum()
-        begin.record()
-        work()
-        end.record()
-
-        def microseconds() -> float:
-            end.synchronize()
-            return begin.elapsed_time(end) * 1e3
-
-        return microseconds
+    def times(self, works: Iterable[Callable[[], object]]) -> list[float]:
+        """The microseconds of each."""
+        events = []
+        for work in works:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # What was read, unlike what was written, need not be written back while `work` runs.
+            self._memory.sum()
+            begin.record()
+            work()
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) * 1e3 for begin, end in events]
 
     def gb_per_s(self) -> float:
         """The card's bandwidth: the better of reading the memory and copying one half of it to the other."""
         source, target = self._memory.chunk(2)
-        medians = []
-        for work in (self._memory.sum, partial(target.copy_, source)):
-            pending = [self.start(work) for _ in range(ROUNDS)]
-            medians.append(statistics.median(microseconds() for microseconds in pending))
-        return FLUSHED_BYTES / min(medians) / 1e3
+        works = (self._memory.sum, partial(target.copy_, source))
+        return FLUSHED_BYTES / min(statistics.median(self.times([work] * ROUNDS)) for work in works) / 1e3
 
 
 def _random_words(num_slots: int, rows: int, columns: int) -> torch.Tensor:
@@ -112,14 +101,6 @@ def _random_words(num_slots: int, rows: int, columns: int) -> torch.Tensor:
         first, second, *signs = (torch.rand(slot.shape, device=DEVICE) < share for share in (0.75, 0.5, 0.5, 0.5))
         slot.copy_(pack(torch.randn(slot.shape, device=DEVICE).abs() * 0.02, [first, second | ~first], signs))
     return words
-
-
-def _unpacked(words: torch.Tensor) -> torch.Tensor:
-    """(2 * num_slots, rows, columns), bfloat16."""
-    weights = words.new_empty(2 * words.shape[0], *words.shape[1:], dtype=torch.bfloat16)
-    for expert, weight in enumerate(weights):
-        weight.copy_(unpack(words[expert // 2], expert % 2))
-    return weights
 
 
 def _fp8(weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +120,7 @@ def build_engines(layer: PackedLayer) -> list[Engine]:
     from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
     from vllm.platforms import current_platform
 
-    w13, w2 = _unpacked(layer.w13), _unpacked(layer.w2)
+    w13, w2 = (torch.stack([unpack(slot, k) for slot in words for k in range(2)]) for words in (layer.w13, layer.w2))
     engines = [
         Engine("packed", 2, True, 0.01, layer.run),
         Engine("bf16", 2, False, 0.01, lambda x, weights, ids: fused_experts(x, w13, w2, weights, ids)),
@@ -147,18 +128,14 @@ def build_engines(layer: PackedLayer) -> list[Engine]:
     if current_platform.supports_fp8():
         (q13, scale13), (q2, scale2) = (_fp8(weights, current_platform.fp8_dtype()) for weights in (w13, w2))
         quant = fp8_w8a8_moe_quant_config(scale13, scale2, block_shape=[FP8_BLOCK, FP8_BLOCK])
-
-        def fp8(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-            return fused_experts(x, q13, q2, topk_weights, topk_ids, quant_config=quant)
-
-        engines.append(Engine("fp8", 1, False, 0.2, fp8))
+        fp8 = partial(fused_experts, quant_config=quant)
+        engines.append(Engine("fp8", 1, False, 0.2, lambda x, weights, ids: fp8(x, q13, q2, weights, ids)))
     return engines
 
 
 def capture(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """A graph of the call, and the tensor that each replay writes."""
-    # Compiles what it needs, which a capture cannot.
-    call()
+    call()  # Compiles what it needs, which a capture cannot.
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -175,7 +152,7 @@ def draw(shape: MoEShape, num_tokens: int, routing: str) -> torch.Tensor:
 
 
 def bytes_moved(shape: MoEShape, ids: torch.Tensor, bytes_per_weight: int, per_slot: bool) -> int:
-    """The least that must pass through the card's memory: the weights that `ids` name, inputs and outputs; no scales."""
+    """The least that must pass through the card's memory: weights that `ids` name, inputs, outputs."""
     units = (ids // 2 if per_slot else ids).unique().numel()
     return units * shape.expert_elements * bytes_per_weight + 2 * 2 * ids.shape[0] * shape.hidden_size
 
@@ -186,55 +163,57 @@ def relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 def measure(
     shape: MoEShape, layer: PackedLayer, engines: list[Engine], num_tokens: int, routing: str, clock: Clock
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row per engine; times are in microseconds, GB are 10^9 bytes.
 
     Raises:
-        DisagreementError: an engine computes something else than the reference engine.
+        EngineError: an engine computes something else than the reference engine.
     """
     draws = torch.stack([draw(shape, num_tokens, routing) for _ in range(ROUNDS + 1)])
     ids = torch.empty_like(draws[0], device=DEVICE).copy_(draws[0])
     x = torch.randn(num_tokens, shape.hidden_size, dtype=torch.bfloat16, device=DEVICE)
     weights = torch.rand(ids.shape, device=DEVICE)
     captured = [capture(partial(engine.run, x, weights, ids)) for engine in engines]
-    pending: list[list[Callable[[], float]]] = [[] for _ in engines]
+    times: list[list[float]] = [[] for _ in engines]
     for turn, drawn in enumerate(draws.to(DEVICE)):
         ids.copy_(drawn)
         for place in range(len(engines)):
             # Nobody is always the one that runs after the same neighbour.
             index = (place + turn) % len(engines)
-            pending[index].append(clock.start(captured[index][0].replay))
-    # The first round warms up.
-    times = [[microseconds() for microseconds in calls[1:]] for calls in pending]
+            times[index] += clock.times([captured[index][0].replay])
+    times = [elapsed[1:] for elapsed in times]  # The first round warms up.
     expected, bandwidth = layer.run(x, weights, ids, REFERENCE), clock.gb_per_s()
-    rows = []
+    load = {"device": torch.cuda.get_device_name(), "shape": shape.name, "num_tokens": num_tokens, "routing": routing}
     for engine, (_, output), elapsed in zip(engines, captured, times, strict=True):
         difference = relative_difference(output, expected)
         # Written so that NaN is refused as well.
         if not difference <= engine.tolerance:
-            raise DisagreementError(
+            raise EngineError(
                 f"{shape.name}, {num_tokens} tokens, {routing}: {engine.name} differs from the reference engine by "
                 f"{difference:.3g} relative, more than {engine.tolerance:g}, so that its time says nothing"
             )
         moved = [bytes_moved(shape, drawn, engine.bytes_per_weight, engine.per_slot) for drawn in draws[1:]]
         median, num_bytes = statistics.median(elapsed), statistics.mean(moved)
-        row = {"device": torch.cuda.get_device_name(), "shape": shape.name, "num_tokens": num_tokens}
-        row |= {"routing": routing, "engine": engine.name}
-        row |= {"us_median": round(median, 2), "us_min": round(min(elapsed), 2), "bytes_moved": round(num_bytes)}
-        row |= {"gb_per_s": round(num_bytes / median / 1e3, 1), "card_gb_per_s": round(bandwidth, 1)}
-        row |= {"share_of_bandwidth": round(num_bytes / median / 1e3 / bandwidth, 3)}
-        row |= {"ratio_vs_bf16": round(statistics.median(times[1]) / median, 3)}
-        rows.append(row | {"difference_from_reference": round(difference, 5)})
-    return rows
+        gb_per_s = num_bytes / median / 1e3
+        yield load | {
+            "engine": engine.name,
+            "us_median": round(median, 2),
+            "us_min": round(min(elapsed), 2),
+            "bytes_moved": round(num_bytes),
+            "gb_per_s": round(gb_per_s, 1),
+            "share_of_bandwidth": round(gb_per_s / bandwidth, 3),
+            "card_gb_per_s": round(bandwidth, 1),
+            "ratio_vs_bf16": round(statistics.median(times[1]) / median, 3),
+            "difference_from_reference": round(difference, 5),
+        }
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        print(
-            f"{row['shape']:<14}{row['num_tokens']:>5} {row['routing']:<7}{row['engine']:<7}{row['us_median']:>9.1f} us "
-            f"{row['gb_per_s']:>6.0f} GB/s ={row['share_of_bandwidth']:>5.0%} of {row['card_gb_per_s']:.0f}  "
-            f"{row['ratio_vs_bf16']:>5.2f} x bf16",
-            flush=True,
+        tqdm.write(
+            f"{row['shape']:<14}{row['num_tokens']:>5} {row['routing']:<7}{row['engine']:<7}{row['us_median']:>9.1f} "
+            f"us {row['gb_per_s']:>6.0f} GB/s ={row['share_of_bandwidth']:>5.0%} of {row['card_gb_per_s']:.0f}  "
+            f"{row['ratio_vs_bf16']:>5.2f} x bf16"
         )
 
 
@@ -249,8 +228,6 @@ def main() -> int:
         parser.error("--tokens takes numbers of at least 1")
     if not torch.cuda.is_available():
         parser.exit(1, f"{parser.prog} measures a CUDA or ROCm card, and torch finds none here.\n")
-    if arguments.json:
-        arguments.json.touch()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     shapes = [shape for shape in SHAPES if shape.name in arguments.shapes]
@@ -259,22 +236,20 @@ def main() -> int:
         for shape in shapes:
             free, needed = torch.cuda.mem_get_info()[0], 4 * shape.num_experts * shape.expert_elements + SPARE_BYTES
             if free < needed:
-                print(f"{shape.name} is left out: it needs {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free.")
+                tqdm.write(f"{shape.name} is left out: it needs {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
                 continue
             layer = PackedLayer(shape)
             engines = build_engines(layer)
-            for num_tokens in arguments.tokens:
-                for routing in ROUTINGS:
-                    try:
-                        new = measure(shape, layer, engines, num_tokens, routing, clock)
-                    except (DisagreementError, EngineError) as error:
-                        parser.exit(1, f"{error}\n")
-                    rows += new
-                    progress.clear()
-                    _print_rows(new)
-                    progress.update()
-                    if arguments.json:
-                        arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            for num_tokens, routing in product(arguments.tokens, ROUTINGS):
+                try:
+                    new = list(measure(shape, layer, engines, num_tokens, routing, clock))
+                except EngineError as error:
+                    parser.exit(1, f"{error}\n")
+                rows += new
+                _print_rows(new)
+                progress.update()
+                if arguments.json:
+                    arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             del layer, engines
             torch.cuda.empty_cache()
     return 0 if rows else 1

@@ -6,7 +6,7 @@ that they execute. The counts per element come from compiled machine code, the d
 the number of active slots and of token tiles from random routing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, lgamma, log
 from typing import Literal, NamedTuple
@@ -18,8 +18,9 @@ Bound = Literal["memory", "tensor", "alu", "half", "issue"]
 BYTES_PER_ELEMENT = 2
 MEMORY_EFFICIENCY = 0.8
 TENSOR_EFFICIENCY = 0.6
-# Grouping the tokens, gate-up, down, weighted sum over the choices.
-NUM_KERNELS = 4
+# Ours: sorting, gate-up, the activation of split sums, down, the weighted sum over choices. vLLM's `fused_moe` in BF16:
+# sorting, gate-up, the activation, down, the sum.
+NUM_KERNELS = 5
 MICROSECONDS_PER_KERNEL = 2.0
 NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -33,12 +34,13 @@ ASSUMPTIONS = (
     "integer, half-precision and issue rates are the peak ones.",
     f"Each side launches {NUM_KERNELS} kernels of {MICROSECONDS_PER_KERNEL:g} µs inside a CUDA graph.",
     "BF16 uses the same token tiles as packed, and its only instructions are those of its own main loop.",
-    "Where a program serves both members, a slot is read from HBM once; where it serves one, once for each active "
-    "member, as if the L2 cache never served the second. Further token tiles of a member decode the weights again and "
-    "read them from L2, whose bandwidth is not modelled.",
+    "A slot is read from HBM once. Programs that need the same words run side by side: those of further token tiles, "
+    "and of the second member where a program serves one, decode them again and read them from the L2 cache, whose "
+    "bandwidth is not modelled.",
     "Activations are 16-bit and pass through HBM: inputs read once, inner values and the results of every choice "
     "written and read, outputs written.",
-    "Instructions per element are counted in machine code and taken to be the same for every token tile.",
+    "Instructions per element are counted in the machine code of the configuration that the engine takes for the "
+    "number of tokens; BF16 has those of the loop for one member, but none of its integer and half-precision ones.",
 )
 
 
@@ -81,9 +83,6 @@ class Tile(NamedTuple):
     tokens: int
 
 
-Schedule = Callable[[MoEShape, int], Tile]
-
-
 @dataclass(frozen=True)
 class Instructions:
     """Instructions in a main loop per weight element, each counted as executed by one lane (thread).
@@ -105,6 +104,10 @@ class Costs:
     one: Instructions
     both: Instructions
     bf16_issued: float
+
+
+Plan = Callable[[Device, MoEShape, int], tuple[Tile, Costs]]
+"""What runs on a device for a layer and a number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -160,38 +163,24 @@ def expected_row_tiles(shape: MoEShape, num_tokens: int, tokens: int) -> float:
     return total
 
 
-def default_schedule(shape: MoEShape, num_tokens: int) -> Tile:
-    """Both members in one program while an active expert has at most 16 rows on average, then one, in larger tiles."""
-    rows = num_tokens * shape.top_k / expected_slots(shape, num_tokens).active_experts
-    if rows <= 16:
-        return Tile(members=2, tokens=16)
-    return Tile(members=1, tokens=next((tokens for tokens in (32, 64) if rows <= tokens), 128))
-
-
 def predict(
     device: Device,
     shape: MoEShape,
     num_tokens: int,
+    tile: Tile,
     costs: Costs,
-    schedule: Schedule = default_schedule,
     num_kernels: int = NUM_KERNELS,
 ) -> Prediction:
     """Gate-up and down together, for packed and for BF16."""
-    tile = schedule(shape, num_tokens)
     occupancy = expected_slots(shape, num_tokens)
     active_slots = occupancy.slots_one_member + occupancy.slots_both_members
     row_tiles = shape.num_experts * expected_row_tiles(shape, num_tokens, tile.tokens)
     elements = shape.expert_elements
 
-    if tile.members == 2:
-        slot_reads = active_slots
-        both = occupancy.slots_both_members
-        # A member's further tiles are charged as programs of one member. Where both members have some, a program for
-        # both would do with less, since decoding both is cheaper than decoding one twice.
-        one = row_tiles - 2 * both
-    else:
-        slot_reads = occupancy.active_experts
-        both, one = 0.0, row_tiles
+    # A member's further tiles are charged as programs of one member. Where both members have some, a program for both
+    # would do with less, since decoding both is cheaper than decoding one twice.
+    both = occupancy.slots_both_members if tile.members == 2 else 0.0
+    one = row_tiles - 2 * both
     packed = Instructions(
         elements * (both * costs.both.alu + one * costs.one.alu),
         elements * (both * costs.both.half + one * costs.one.half),
@@ -201,7 +190,7 @@ def predict(
 
     # Inputs and outputs once for a token; inner values and results of the down product twice for each of its choices.
     activations = 2 * num_tokens * (shape.hidden_size + shape.top_k * (shape.intermediate_size + shape.hidden_size))
-    bytes_packed = BYTES_PER_ELEMENT * (slot_reads * elements + activations)
+    bytes_packed = BYTES_PER_ELEMENT * (active_slots * elements + activations)
     bytes_bf16 = BYTES_PER_ELEMENT * (occupancy.active_experts * elements + activations)
     flops = 2 * elements * row_tiles * tile.tokens
     packed_times = _microseconds(device, bytes_packed, flops, packed)
@@ -224,10 +213,10 @@ def predict(
     )
 
 
-def predictions(costs_by_target: Mapping[int | str, Costs], schedule: Schedule = default_schedule) -> list[Prediction]:
-    """All devices, shapes and numbers of tokens; `costs_by_target` needs every target of `DEVICES`."""
+def predictions(plan: Plan) -> list[Prediction]:
+    """All devices, shapes and numbers of tokens."""
     return [
-        predict(device, shape, num_tokens, costs_by_target[device.target], schedule)
+        predict(device, shape, num_tokens, *plan(device, shape, num_tokens))
         for shape in SHAPES
         for num_tokens in NUM_TOKENS
         for device in DEVICES
@@ -242,10 +231,10 @@ def markdown(predictions: Sequence[Prediction]) -> str:
         *(f"- {sentence}" for sentence in ASSUMPTIONS),
         "",
         "Cells are µs for packed (speed-up over BF16 in the same model), with the bound where it is not memory. "
-        "A tile is members x token rows of one program; MB are those moved through HBM.",
+        "MB are those moved through HBM.",
     ]
     devices = list(dict.fromkeys(prediction.device for prediction in predictions))
-    heads = ["tokens", "tile", "active slots", "MB packed", "MB BF16", *(device.name for device in devices)]
+    heads = ["tokens", "active slots", "MB packed", "MB BF16", *(device.name for device in devices)]
     for shape in dict.fromkeys(prediction.shape for prediction in predictions):
         title = f"{shape.num_experts} experts, top {shape.top_k}, {shape.hidden_size} x {shape.intermediate_size}"
         lines += ["", f"**{shape.name}** ({title}), modelled", ""]
@@ -258,7 +247,6 @@ def markdown(predictions: Sequence[Prediction]) -> str:
             any_device = next(iter(row.values()))
             cells = [
                 str(num_tokens),
-                f"{any_device.tile.members} x {any_device.tile.tokens}",
                 f"{any_device.active_slots:.1f}",
                 f"{any_device.bytes_packed / 1e6:,.0f}",
                 f"{any_device.bytes_bf16 / 1e6:,.0f}",

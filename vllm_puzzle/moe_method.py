@@ -13,7 +13,7 @@ from .host import (
     logger,
     set_weight_attrs,
 )
-from .kernels import ACTIVATIONS, choose_engine, cpu_isa
+from .kernels import ACTIVATIONS, REFERENCE, TRITON, choose_engine, cpu_isa
 from .kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
 from .loader import PackedExpertLoader
 
@@ -30,7 +30,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
         self._engine = choose_engine(torch.device(current_platform.device_type), layer.moe_config.in_dtype)
-        _refuse_unsupported(layer)
+        _refuse_unsupported(layer, self._engine)
         if layer.global_num_experts != slots.num_experts:
             raise FormatError(
                 f"{layer.layer_name} has {layer.global_num_experts} experts, quantization_config packs "
@@ -109,7 +109,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         """Puts the words into the engine's order.
 
         Raises:
-            FormatError: a packed tensor was not loaded, unless the weights are dummies.
+            FormatError: a packed tensor was not loaded, unless the weights are dummies, or a word cannot be decoded to
+                the dtype of the activations.
         """
         assert self._loader is not None
         if not self._dummy_weights:
@@ -118,6 +119,22 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         if isa is not None:
             tile_slots_(layer.w13_weight_packed, layer.w2_weight_packed)
             reserve_workspace(isa, layer.w2_weight_packed, self._max_num_tokens, self.moe.experts_per_token)
+        if self._engine == TRITON:
+            self._check_decodable(layer)
+
+    def _check_decodable(self, layer: RoutedExperts) -> None:
+        # Imported late: Triton need not be installed for the other engines.
+        from .kernels.triton import find_undecodable_slot
+
+        dtype = self.moe.in_dtype
+        for name in ("w13_weight_packed", "w2_weight_packed"):
+            slot = find_undecodable_slot(getattr(layer, name), dtype)
+            if slot is not None:
+                raise FormatError(
+                    f"{layer.layer_name}.{name} has a weight of magnitude 32768 or more in the slot of expert "
+                    f"{self._slots.members(self._local_slots[slot])[0]}, which float16 cannot hold; serve with --dtype "
+                    f"bfloat16"
+                )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         return None
@@ -144,7 +161,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         )
 
 
-def _refuse_unsupported(layer: RoutedExperts) -> None:
+def _refuse_unsupported(layer: RoutedExperts, engine: str) -> None:
     moe = layer.moe_config
     activation = layer.activation.value
     vllm_config = get_current_vllm_config()
@@ -159,7 +176,8 @@ def _refuse_unsupported(layer: RoutedExperts) -> None:
         "round-robin expert placement (--expert-placement-strategy)": layer.expert_placement_strategy == "round_robin",
         "LoRA (--enable-lora)": moe.is_lora_enabled,
         "shared experts fused into the routed ones": layer.expert_map_manager.num_fused_shared_experts > 0,
-        "graph capture on a GPU with the reference engine (add --enforce-eager)": not current_platform.is_cpu()
+        "graph capture on a GPU with the reference engine (add --enforce-eager)": engine == REFERENCE
+        and not current_platform.is_cpu()
         and not eager,
     }
     for feature, found in refusals.items():

@@ -17,7 +17,6 @@ INTEGER = frozenset({"and.b32", "or.b32", "shl.b32", "lop3.b32"})
 
 # Stored mantissa bits and exponent bias of the two 16-bit formats.
 _FORMATS = {"fma.rn.bf16x2": (7, 127), "fma.rn.f16x2": (10, 15)}
-_NAN = 0x7FFF
 
 
 class PtxError(ValueError):
@@ -78,7 +77,7 @@ def to_float(bits: NDArray[np.unsignedinteger], opcode: str) -> Float:
 
 
 def round_bits(values: Float, opcode: str) -> Register:
-    """The patterns of `values` rounded once, to nearest even, to the format that `opcode` computes in."""
+    """The patterns of `values` rounded once, to nearest even, to the format of `opcode`; NaN has one pattern."""
     mantissa, bias = _FORMATS[opcode]
     # 2**300 is far beyond either format; it stands in for infinity and, until the end, for NaN.
     size = np.fmin(np.abs(values), 2.0**300)
@@ -88,7 +87,7 @@ def round_bits(values: Float, opcode: str) -> Register:
     steps = np.rint(np.ldexp(size, mantissa - exponent)).astype(np.int32)
     magnitude = np.minimum(((exponent + bias - 1) << mantissa) + steps, (2 * bias + 1) << mantissa)
     signed = magnitude | np.signbit(values).astype(np.int32) << 15
-    return np.where(np.isnan(values), _NAN, signed).astype(np.uint32)
+    return np.where(np.isnan(values), 0x7FFF, signed).astype(np.uint32)
 
 
 @np.errstate(invalid="ignore")

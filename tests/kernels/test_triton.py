@@ -189,7 +189,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None
 
 
 def test_each_gpu_gets_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    for major, minor, family in ((8, 0, "sm80"), (8, 9, "sm80"), (9, 0, "sm90"), (10, 3, "sm100"), (12, 0, "sm80")):
+    for major, minor, family in ((8, 0, "sm80"), (8, 9, "sm89"), (9, 0, "sm90"), (10, 3, "sm100"), (12, 0, "sm89")):
         target = current_target(gpu(monkeypatch, major, minor))
         assert target == Target(family=family, device_name="NVIDIA_X_1_Y", num_sms=99, ptx=True)
     assert current_target(gpu(monkeypatch, 9, 4, hip="6.4")) == Target("gfx942", "NVIDIA_X_1_Y", 99, ptx=False)
@@ -220,6 +220,7 @@ def test_sums_are_split_while_programs_are_few() -> None:
     assert (2048 // one.gate_up.block_k) % one.gate_up.split_k == 0
     assert many.gate_up.split_k == many.down.split_k == 1
     assert one.block_tokens < many.block_tokens
+    assert find_config(hopper, 8, 4, 4096, 14336, 2, num_tokens=4096).down.split_k == 1
 
 
 def test_tuned_configurations_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import EngineError
-from .routing import most_blocks
 from .target import Target
 
 FOLDER = Path(__file__).with_name("configs")
@@ -42,6 +41,8 @@ class Product(BaseModel):
     split_k: Annotated[int, Field(ge=1)] = 1
     num_warps: PowerOfTwo
     num_stages: Annotated[int, Field(ge=1)]
+    programs_per_sm: Annotated[int, Field(ge=1)] = 1
+    """How many programs fit a multiprocessor at once; sums are split until there are so many."""
 
 
 class Config(BaseModel):
@@ -102,8 +103,9 @@ def find_config(
     tokens_per_expert = num_tokens * top_k / num_experts
     key = next((key for key in defaults if key >= tokens_per_expert), max(defaults))
     config = defaults[key]
-    # All experts fire long before tokens fill blocks; fewer tokens than slots spread over as many.
-    blocks = min(num_slots, most_blocks(num_tokens * top_k, num_slots, config.members, config.block_tokens))
+    num_choices = num_tokens * top_k
+    # Few choices go to as many slots, many fill blocks.
+    blocks = max(min(num_slots, num_choices), num_choices // (config.members * config.block_tokens))
     gate_up = _split(
         config.gate_up, hidden_size, -(-2 * intermediate_size // config.gate_up.block_rows) * blocks, target
     )
@@ -123,8 +125,8 @@ def _find_tuned(name: str) -> dict[int, Config] | None:
 
 
 def _split(product: Product, k: int, programs: int, target: Target) -> Product:
-    """Splits a sum into equal parts until every multiprocessor has two programs, or a part has two steps."""
+    """Splits a sum into equal parts until all multiprocessors are full, or a part has two steps."""
     steps = -(-k // product.block_k)
     parts = [parts for parts in range(1, steps // 2 + 1) if steps % parts == 0] or [1]
-    enough = (count for count in parts if count * programs >= 2 * target.num_sms)
+    enough = (count for count in parts if count * programs >= product.programs_per_sm * target.num_sms)
     return product.model_copy(update={"split_k": next(enough, parts[-1])})

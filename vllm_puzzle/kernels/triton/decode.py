@@ -152,7 +152,7 @@ def decode_both(words, DECODER: tl.constexpr):
     """The scaled weights of members 0 and 1; words: int16 of any shape."""
     if len(DECODER.ptx) > 0:
         return tl.inline_asm_elementwise(
-            DECODER.ptx[BOTH], "=r,=r,r", [words], dtype=(DECODER.dtype, DECODER.dtype), is_pure=True, pack=2
+            DECODER.ptx[BOTH], "=&r,=&r,r", [words], dtype=(DECODER.dtype, DECODER.dtype), is_pure=True, pack=2
         )
     else:
         return _decode_plain(words, 0, DECODER), _decode_plain(words, 1, DECODER)

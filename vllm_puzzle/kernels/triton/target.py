@@ -16,7 +16,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 class Target:
     """
     Attributes:
-        family: sm80, sm90, sm100 or gfx942: whose defaults are taken.
+        family: sm80, sm89, sm90, sm100 or gfx942: whose defaults are taken.
         device_name: as in the names of vLLM's own configurations.
         num_sms: streaming multiprocessors, or compute units.
         ptx: whether inline PTX is understood.
@@ -58,6 +58,7 @@ def current_target(device: torch.device) -> Target:
             f"the triton engine needs BF16 tensor cores (compute capability 8.0), {properties.name} has "
             f"{properties.major}.{properties.minor}; choose VLLM_PUZZLE_ENGINE=reference"
         )
-    # Capability 12 multiplies as 8 does, from registers of a warp, in as little shared memory; 11 as 10.
-    family = {9: "sm90", 10: "sm100", 11: "sm100"}.get(properties.major, "sm80")
+    # 8.6, 8.9 and 12 multiply as 8.0 does but have 99 KB of shared memory instead of 163; 11 is a smaller 10.
+    families = {80: "sm80", 87: "sm80", 90: "sm90"} | dict.fromkeys((100, 101, 103, 110), "sm100")
+    family = families.get(capability, "sm89")
     return Target(family=family, device_name=name, num_sms=num_sms, ptx=True)

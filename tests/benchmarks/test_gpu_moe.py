@@ -1,0 +1,71 @@
+"""The GPU benchmark where there is no GPU: what it draws, what it counts, what it refuses. Nothing is timed."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu_moe
+from benchmarks.gpu_moe import bytes_moved, draw, main
+from benchmarks.roofline import MoEShape
+
+# An expert has 3 * 4 * 8 = 96 weights.
+SHAPE = MoEShape("small", num_experts=8, hidden_size=4, intermediate_size=8, top_k=4)
+
+
+def test_routing_is_as_named() -> None:
+    drawn = draw(SHAPE, 50, "random")
+    assert (drawn.shape, drawn.dtype) == ((50, 4), torch.int32)
+    assert all(row.unique().numel() == 4 for row in drawn)
+    assert drawn.unique().tolist() == list(range(8))
+    mates = draw(SHAPE, 50, "mates")
+    assert (mates.shape, mates.dtype) == ((50, 4), torch.int32)
+    assert torch.equal(mates[:, ::2] + 1, mates[:, 1::2])
+    assert not (mates[:, ::2] % 2).any()
+    assert (mates[:, 0] != mates[:, 2]).all()
+
+
+def test_bytes_by_hand() -> None:
+    # Four experts of three slots; two tokens in and out, 4 values of 2 bytes each.
+    ids = torch.tensor([[0, 1, 2, 7], [1, 0, 7, 2]], dtype=torch.int32)
+    assert bytes_moved(SHAPE, ids, 2, per_slot=True) == 3 * 96 * 2 + 2 * 2 * 4 * 2
+    assert bytes_moved(SHAPE, ids, 2, per_slot=False) == 4 * 96 * 2 + 2 * 2 * 4 * 2
+    assert bytes_moved(SHAPE, ids, 1, per_slot=False) == 4 * 96 + 2 * 2 * 4 * 2
+
+
+def test_fp8_blocks_have_their_own_scales() -> None:
+    weights = torch.randn(2, 256, 128).bfloat16()
+    weights[1, 128:] *= 1000
+    rounded, scales = gpu_moe._fp8(weights, torch.float8_e4m3fn)
+    assert (rounded.shape, scales.shape) == (weights.shape, (2, 2, 1))
+    restored = rounded.float() * scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    # Three bits after the leading one.
+    assert ((restored - weights.float()).abs() <= weights.float().abs() / 16 + scales.max() * 2**-9).all()
+    largest = weights[1, 128:].float().abs().max()
+    assert scales[1, 1].item() == pytest.approx(largest.item() / 448)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        ([], 1, "torch finds none here"),
+        (["--tokens", "0"], 2, "at least 1"),
+        (["--shapes", "Nobody"], 2, "invalid choice"),
+    ],
+)
+def test_without_a_card_it_says_so_and_does_nothing(
+    arguments: list[str],
+    status: int,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_moe, "Clock", lambda: pytest.fail("it began to work"))
+    monkeypatch.setattr(sys, "argv", ["gpu_moe", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == status
+    output = capsys.readouterr()
+    assert (output.out, sentence in output.err) == ("", True)
+    assert status == 2 or output.err.count("\n") == 1
