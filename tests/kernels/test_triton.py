@@ -50,9 +50,10 @@ def check(case: Case, cut: Cut, activation: str = "silu", on_input: bool = False
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_tokens", [1, 2, 17, 40])
-def test_numbers_of_tokens(cut: Cut, dtype: torch.dtype, num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (17, torch.bfloat16), (33, torch.float16)]
+)
+def test_numbers_of_tokens(cut: Cut, num_tokens: int, dtype: torch.dtype) -> None:
     """Sizes that are no multiple of any block, members without tokens, ids of -1."""
     case = Case(num_tokens, num_experts=9, pairs=3, top_k=3, hidden_size=40, intermediate_size=56, dtype=dtype)
     case.topk_ids[torch.rand(case.topk_ids.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = -1
@@ -61,7 +62,7 @@ def test_numbers_of_tokens(cut: Cut, dtype: torch.dtype, num_tokens: int) -> Non
 
 @pytest.mark.parametrize("cut", [CUTS[0], CUTS[4]])
 def test_three_hundred_tokens_and_none(cut: Cut) -> None:
-    check(Case(num_tokens=300, num_experts=16, pairs=8, top_k=4, hidden_size=32, intermediate_size=32), cut)
+    check(Case(num_tokens=300, num_experts=8, pairs=3, top_k=2, hidden_size=32, intermediate_size=16), cut)
     assert Case(num_tokens=0).run(engine="triton").shape == (0, 32)
 
 
@@ -115,7 +116,7 @@ def test_random_shapes(
     check(Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, dtype, seed), cut)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     num_tokens=st.one_of(st.integers(1, 30), st.integers(200, 500)),
     top_k=st.integers(1, 8),

@@ -16,18 +16,17 @@ from numpy.typing import NDArray
 
 from tests.kernels import ptx
 from vllm_puzzle.format import find_invalid_word, unpack
-from vllm_puzzle.kernels.triton.decode import BOTH, decode_both, decode_one, make_decoder
+from vllm_puzzle.kernels.triton.decode import decode, make_decoder
 
 BF16, F16 = "fma.rn.bf16x2", "fma.rn.f16x2"
 DTYPES = {BF16: tl.bfloat16, F16: tl.float16}
 DECODERS = {fma: make_decoder(dtype, ptx=True) for fma, dtype in DTYPES.items()}
-BODIES = {(0,): "member 0", (1,): "member 1", (0, 1): "both"}
 WORDS = np.arange(1 << 16, dtype=np.uint32)
 PACKED = torch.from_numpy(WORDS.astype(np.uint16).view(np.int16))
 EXPONENTS = WORDS >> 7 & 31
 
 each_format = pytest.mark.parametrize("fma", DTYPES)
-each_body = pytest.mark.parametrize("members", BODIES, ids=BODIES.values())
+each_member = pytest.mark.parametrize("member", [0, 1])
 
 
 def meaning(member: int) -> tuple[NDArray[np.bool_], ptx.Float]:
@@ -37,47 +36,41 @@ def meaning(member: int) -> tuple[NDArray[np.bool_], ptx.Float]:
 
 
 @cache
-def decoded_by_ptx(fma: str, members: tuple[int, ...]) -> list[ptx.Register]:
-    """For each member WORDS decoded, a row for each of two halves and five neighbours in the other half."""
+def decoded_by_ptx(fma: str, member: int) -> ptx.Register:
+    """WORDS decoded, a row for each of two halves and five neighbours in the other half."""
     shuffled = np.random.default_rng(0).permutation(WORDS)
     neighbours = np.stack([WORDS, WORDS ^ 0xFFFF, 0 * WORDS, 0 * WORDS + 0xFFFF, shuffled])
     registers = np.stack([WORDS | neighbours << 16, WORDS << 16 | neighbours])
-    results = ptx.execute(DECODERS[fma].ptx[list(BODIES).index(members)], len(members), registers)
-    return [np.concatenate([low & 0xFFFF, high >> 16]) for low, high in results]
+    ((low, high),) = ptx.execute(DECODERS[fma].ptx[member], 1, registers)
+    return np.concatenate([low & 0xFFFF, high >> 16])
 
 
 @triton.jit
-def decode_kernel(words, results, member: tl.constexpr, decoder: tl.constexpr, size: tl.constexpr, block: tl.constexpr):
+def decode_kernel(words, results, member: tl.constexpr, decoder: tl.constexpr, block: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
-    loaded = tl.load(words + at)
-    if member == BOTH:
-        first, second = decode_both(loaded, decoder)
-        tl.store(results + at, first.to(tl.int16, bitcast=True))
-        tl.store(results + size + at, second.to(tl.int16, bitcast=True))
-    else:
-        tl.store(results + at, decode_one(loaded, member, decoder).to(tl.int16, bitcast=True))
+    tl.store(results + at, decode(tl.load(words + at), member, decoder).to(tl.int16, bitcast=True))
 
 
 @each_format
-@each_body
-def test_every_word_has_its_meaning_and_plain_triton_the_same_bits(fma: str, members: tuple[int, ...]) -> None:
+@each_member
+def test_every_word_has_its_meaning_and_plain_triton_the_same_bits(fma: str, member: int) -> None:
     decoder = DECODERS[fma]
     kept = decoder.largest_exponent >= EXPONENTS
     device = "cpu" if triton.knobs.runtime.interpret else "cuda"
-    plain = torch.full((len(members), len(WORDS)), -1, dtype=torch.int16, device=device)
-    body, plain_decoder = list(BODIES).index(members), make_decoder(DTYPES[fma], ptx=False)
-    decode_kernel[(16,)](PACKED.to(device), plain, body, plain_decoder, len(WORDS), len(WORDS) // 16)
-    rows = plain.cpu().numpy().view(np.uint16)
-    for member, decoded, row in zip(members, decoded_by_ptx(fma, members), rows, strict=True):
-        held, weight = meaning(member)
-        assert np.array_equal(weight, unpack(PACKED, member).double().numpy())
-        defined = kept if fma == BF16 else kept & (~held | (EXPONENTS > 0))
-        values = np.ldexp(ptx.to_float(decoded, fma), -decoder.scale_exponent)
-        assert (values == weight)[:, defined].all()
-        # What is masked is +0.0, also where a word has a sign without its mask, which is not legal.
-        assert not decoded[:, kept & ~held].any()
-        # Plain Triton keeps the sign of a zero that is not masked, which float16 alone reads, from no legal word.
-        assert (decoded == np.where(held & (row == 0x8000), 0, row))[:, kept].all()
+    plain = torch.full((len(WORDS),), -1, dtype=torch.int16, device=device)
+    plain_decoder = make_decoder(DTYPES[fma], ptx=False)
+    decode_kernel[(16,)](PACKED.to(device), plain, member, plain_decoder, len(WORDS) // 16)
+    row = plain.cpu().numpy().view(np.uint16)
+    decoded = decoded_by_ptx(fma, member)
+    held, weight = meaning(member)
+    assert np.array_equal(weight, unpack(PACKED, member).double().numpy())
+    defined = kept if fma == BF16 else kept & (~held | (EXPONENTS > 0))
+    values = np.ldexp(ptx.to_float(decoded, fma), -decoder.scale_exponent)
+    assert (values == weight)[:, defined].all()
+    # What is masked is +0.0, also where a word has a sign without its mask, which is not legal.
+    assert not decoded[:, kept & ~held].any()
+    # Plain Triton keeps the sign of a zero that is not masked, which float16 alone reads, from no legal word.
+    assert (decoded == np.where(held & (row == 0x8000), 0, row))[:, kept].all()
 
 
 def test_what_is_left_out_is_not_legal_or_cannot_be_decoded() -> None:
@@ -86,15 +79,15 @@ def test_what_is_left_out_is_not_legal_or_cannot_be_decoded() -> None:
     assert [DECODERS[fma].largest_exponent for fma in (BF16, F16)] == [EXPONENTS.max(), 30]
     for member in (0, 1):
         beyond = (EXPONENTS == 31) & meaning(member)[0]
-        assert not np.isfinite(ptx.to_float(decoded_by_ptx(F16, (member,))[0][:, beyond], F16)).any()
+        assert not np.isfinite(ptx.to_float(decoded_by_ptx(F16, member)[:, beyond], F16)).any()
 
 
-@each_body
-def test_bfloat16_takes_few_integer_instructions(members: tuple[int, ...]) -> None:
-    _, program = ptx.instructions(DECODERS[BF16].ptx[list(BODIES).index(members)])
+@each_member
+def test_bfloat16_takes_few_integer_instructions(member: int) -> None:
+    _, program = ptx.instructions(DECODERS[BF16].ptx[member])
     opcodes = [opcode for opcode, _ in program if opcode not in {"mov.b32", BF16}]
     assert ptx.INTEGER.issuperset(opcodes)
-    assert len(opcodes) == {(0,): 2, (1,): 3, (0, 1): 4}[members]
+    assert len(opcodes) == {0: 2, 1: 3}[member]
 
 
 def test_emulated_integer_instructions() -> None:

@@ -21,8 +21,6 @@ import triton.language as tl
 
 from vllm_puzzle.format import WORD16
 
-BOTH = tl.constexpr(2)
-
 _SIGN_BIT = 15
 # How far a member's sign is from the sign of a 16-bit float; the same shift has to align the masks.
 _SHIFTS = tuple(_SIGN_BIT - bit for bit in WORD16.sign_bits)
@@ -32,7 +30,7 @@ assert all(mask + shift == _FACTOR_BIT for mask, shift in zip(WORD16.mask_bits, 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How words become numbers of `dtype`; the compile-time side of `decode_one` and `decode_both`.
+    """How words become numbers of `dtype`; the compile-time side of `decode`.
 
     Attributes:
         dtype: tl.bfloat16 or tl.float16.
@@ -40,7 +38,7 @@ class Decoder:
         exponent_bits: added to a shifted magnitude, in place, for the plain body.
         scale_exponent: decoded over stored, as a power of two.
         largest_exponent: the largest exponent field of a word that can be decoded.
-        ptx: bodies for member 0, member 1 and both, or none: plain Triton.
+        ptx: bodies for member 0 and member 1, or none: plain Triton.
     """
 
     dtype: tl.dtype
@@ -63,11 +61,11 @@ def make_decoder(dtype: tl.dtype, ptx: bool) -> Decoder:
         # values are multiples of 32, and of those with normal and finite products this one is closest to 1.
         raised = 5 << WORD16.exponent_bits
         exponent = raised + factor_exponent
-        bodies = [_bfloat16_ptx(members, raised << mantissa) for members in ((0,), (1,), (0, 1))]
+        bodies = [_bfloat16_ptx(member, raised << mantissa) for member in (0, 1)]
     else:
         exponent = 0
         one_over_factor = (bias - factor_exponent) << mantissa
-        bodies = [_float16_ptx(members, one_over_factor) for members in ((0,), (1,), (0, 1))]
+        bodies = [_float16_ptx(member, one_over_factor) for member in (0, 1)]
     word_bias = 127 - WORD16.exponent_offset
     return Decoder(
         dtype=dtype,
@@ -80,39 +78,35 @@ def make_decoder(dtype: tl.dtype, ptx: bool) -> Decoder:
     )
 
 
-def _bfloat16_ptx(members: tuple[int, ...], raised: int) -> str:
-    """Decodes two words in a register, the operand after the results, into one result per member."""
-    words = f"${len(members)}"
-    # (words & mask) | raised: 0xEA is the truth table of (a & b) | c.
-    lines = [f"lop3.b32 magnitude, {words}, {_twice(WORD16.magnitude_mask)}, {_twice(raised)}, 0xEA;"]
-    for result, member in enumerate(members):
-        lines += _factor_ptx(words, member)
-        lines.append(f"fma.rn.bf16x2 ${result}, magnitude, factor, zero;")
-    return _body(lines)
+def _bfloat16_ptx(member: int, raised: int) -> str:
+    """Decodes two words in a register, $1, into $0."""
+    return _body(
+        # (words & mask) | raised: 0xEA is the truth table of (a & b) | c.
+        f"lop3.b32 magnitude, $1, {_twice(WORD16.magnitude_mask)}, {_twice(raised)}, 0xEA;",
+        *_factor_ptx(member),
+        "fma.rn.bf16x2 $0, magnitude, factor, zero;",
+    )
 
 
-def _float16_ptx(members: tuple[int, ...], one_over_factor: int) -> str:
-    words = f"${len(members)}"
-    lines = [
-        f"mov.b32 unit, {_twice(one_over_factor)};",
-        f"and.b32 magnitude, {words}, {_twice(WORD16.magnitude_mask)};",
+def _float16_ptx(member: int, one_over_factor: int) -> str:
+    return _body(
+        f"and.b32 magnitude, $1, {_twice(WORD16.magnitude_mask)};",
         f"shl.b32 magnitude, magnitude, {10 - WORD16.mantissa_bits};",
-    ]
-    for result, member in enumerate(members):
-        lines += _factor_ptx(words, member)
-        lines.append("fma.rn.f16x2 factor, factor, unit, zero;")
-        lines.append(f"fma.rn.f16x2 ${result}, magnitude, factor, zero;")
-    return _body(lines)
+        *_factor_ptx(member),
+        f"mov.b32 unit, {_twice(one_over_factor)};",
+        "fma.rn.f16x2 factor, factor, unit, zero;",
+        "fma.rn.f16x2 $0, magnitude, factor, zero;",
+    )
 
 
-def _factor_ptx(words: str, member: int) -> list[str]:
+def _factor_ptx(member: int) -> list[str]:
     factor_bits = _twice(1 << _SIGN_BIT | 1 << _FACTOR_BIT)
     if not _SHIFTS[member]:
-        return [f"and.b32 factor, {words}, {factor_bits};"]
-    return [f"shl.b32 factor, {words}, {_SHIFTS[member]};", f"and.b32 factor, factor, {factor_bits};"]
+        return [f"and.b32 factor, $1, {factor_bits};"]
+    return [f"shl.b32 factor, $1, {_SHIFTS[member]};", f"and.b32 factor, factor, {factor_bits};"]
 
 
-def _body(lines: list[str]) -> str:
+def _body(*lines: str) -> str:
     return "{ .reg .b32 magnitude, factor, unit, zero; mov.b32 zero, 0; " + " ".join(lines) + " }"
 
 
@@ -137,22 +131,14 @@ def _decode_plain(words, MEMBER: tl.constexpr, DECODER: tl.constexpr):
 
 
 @triton.jit
-def decode_one(words, MEMBER: tl.constexpr, DECODER: tl.constexpr):
-    """The scaled weights of member 0 or 1; words: int16 of any shape."""
+def decode(words, MEMBER: tl.constexpr, DECODER: tl.constexpr):
+    """The scaled weights of member 0 or 1; words: int16 of any shape.
+
+    Both members of the same words share `magnitude`, which the assembler computes once.
+    """
     if len(DECODER.ptx) > 0:
         return tl.inline_asm_elementwise(
             DECODER.ptx[MEMBER], "=r,r", [words], dtype=DECODER.dtype, is_pure=True, pack=2
         )
     else:
         return _decode_plain(words, MEMBER, DECODER)
-
-
-@triton.jit
-def decode_both(words, DECODER: tl.constexpr):
-    """The scaled weights of members 0 and 1; words: int16 of any shape."""
-    if len(DECODER.ptx) > 0:
-        return tl.inline_asm_elementwise(
-            DECODER.ptx[BOTH], "=&r,=&r,r", [words], dtype=(DECODER.dtype, DECODER.dtype), is_pure=True, pack=2
-        )
-    else:
-        return _decode_plain(words, 0, DECODER), _decode_plain(words, 1, DECODER)

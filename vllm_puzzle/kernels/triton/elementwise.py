@@ -6,7 +6,7 @@ import triton.language as tl
 from .activations import activate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def activate_kernel(
     partial_ptr,
     inner_ptr,
@@ -34,7 +34,7 @@ def activate_kernel(
     tl.store(inner_ptr + position * ROWS + row, inner.to(inner_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def combine_kernel(
     partial_ptr,
     topk_weights_ptr,

@@ -3,6 +3,8 @@
 Nothing waits for the device and no shape depends on data, so that a call can be captured in a graph.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -44,6 +46,12 @@ def make_tiles(
     return tile(config.gate_up, hidden_size, intermediate_size), tile(config.down, intermediate_size, hidden_size)
 
 
+@cache
+def _find_tiles(target: Target, sizes: tuple[int, ...], dtype: tl.dtype) -> tuple[Config, Tile, Tile]:
+    config = find_config(target, *sizes)
+    return config, *make_tiles(config, target, sizes[2], sizes[3], dtype)
+
+
 def triton_moe(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -71,11 +79,12 @@ def triton_moe(
     if num_tokens == 0:
         return output
     target = current_target(x.device)
+    dtype = DTYPES[x.dtype]
     if config is None:
-        config = find_config(
-            target, slot_of_expert.shape[0], num_slots, hidden_size, intermediate_size, top_k, num_tokens
-        )
-    gate_up, down = make_tiles(config, target, hidden_size, intermediate_size, DTYPES[x.dtype])
+        sizes = (slot_of_expert.shape[0], num_slots, hidden_size, intermediate_size, top_k, num_tokens)
+        config, gate_up, down = _find_tiles(target, sizes, dtype)
+    else:
+        gate_up, down = make_tiles(config, target, hidden_size, intermediate_size, dtype)
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     routing = route(topk_ids, slot_of_expert, num_slots, config.members, config.block_tokens)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .decode import decode_both, decode_one
+from .decode import decode
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _multiply_one(w_ptr, x_ptr, w_rows, x_rows, split, TILE: tl.constexpr, MEMBE
     for k in tl.range(0, TILE.part_k, TILE.block_k, num_stages=TILE.num_stages):
         words = _load(w_ptr, w_offsets, begin + k, TILE, True)
         x = _load(x_ptr, x_offsets, begin + k, TILE, False)
-        accumulator = _dot(decode_one(words, MEMBER, TILE.decoder), x, accumulator, TILE)
+        accumulator = _dot(decode(words, MEMBER, TILE.decoder), x, accumulator, TILE)
         w_ptr += TILE.block_k
         x_ptr += TILE.block_k
     return _finished(accumulator, TILE)
@@ -94,7 +94,8 @@ def _multiply_both(w_ptr, x_ptr, w_rows, x_rows_0, x_rows_1, split, TILE: tl.con
     accumulator_1 = _accumulator(TILE)
     for k in tl.range(0, TILE.part_k, TILE.block_k, num_stages=TILE.num_stages):
         words = _load(w_ptr, w_offsets, begin + k, TILE, True)
-        weights_0, weights_1 = decode_both(words, TILE.decoder)
+        weights_0 = decode(words, 0, TILE.decoder)
+        weights_1 = decode(words, 1, TILE.decoder)
         x_0 = _load(x_ptr, x_offsets_0, begin + k, TILE, False)
         x_1 = _load(x_ptr, x_offsets_1, begin + k, TILE, False)
         accumulator_0 = _dot(weights_0, x_0, accumulator_0, TILE)
@@ -170,7 +171,8 @@ def _store_inner(
         tl.store(partial_ptr + TILE.rows, up, mask=mask)
 
 
-@triton.jit
+# Numbers that follow from the number of tokens are not specialized on: each would compile the kernel again.
+@triton.jit(do_not_specialize=["num_blocks", "num_choices", "top_k"])
 def gate_up_kernel(
     x_ptr,
     w13_ptr,
@@ -197,17 +199,18 @@ def gate_up_kernel(
     w13_ptr += slot * (2 * TILE.rows * TILE.k)
     w_rows = _gate_up_rows(tile, TILE)
     outputs = (inner_ptr, topk_weights_ptr, choices_ptr, num_choices, tile, split)
+    # One after the other, not `elif`: of branches of one `if` Triton 3.8 adds up the shared memory.
     if (TILE.members == 2) & (count_0 > 0) & (count_1 > 0):
         x_rows_0 = _gathered_rows(choices_ptr, top_k, begin_0, count_0, TILE)
         x_rows_1 = _gathered_rows(choices_ptr, top_k, begin_1, count_1, TILE)
         result_0, result_1 = _multiply_both(w13_ptr, x_ptr, w_rows, x_rows_0, x_rows_1, split, TILE)
         _store_inner(result_0, begin_0, count_0, outputs, TILE, ACTIVATION, WEIGHT_ON_INPUT)
         _store_inner(result_1, begin_1, count_1, outputs, TILE, ACTIVATION, WEIGHT_ON_INPUT)
-    elif count_0 > 0:
+    if (count_0 > 0) & (count_1 == 0):
         x_rows_0 = _gathered_rows(choices_ptr, top_k, begin_0, count_0, TILE)
         result_0 = _multiply_one(w13_ptr, x_ptr, w_rows, x_rows_0, split, TILE, 0)
         _store_inner(result_0, begin_0, count_0, outputs, TILE, ACTIVATION, WEIGHT_ON_INPUT)
-    elif count_1 > 0:
+    if (count_0 == 0) & (count_1 > 0):
         x_rows_1 = _gathered_rows(choices_ptr, top_k, begin_1, count_1, TILE)
         result_1 = _multiply_one(w13_ptr, x_ptr, w_rows, x_rows_1, split, TILE, 1)
         _store_inner(result_1, begin_1, count_1, outputs, TILE, ACTIVATION, WEIGHT_ON_INPUT)
@@ -224,7 +227,7 @@ def _store_down(result, begin, count, outputs, TILE: tl.constexpr):
     tl.store(pointers, result.to(partial_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_choices"])
 def down_kernel(
     inner_ptr,
     w2_ptr,
@@ -250,13 +253,14 @@ def down_kernel(
     x_rows_0 = _positions(begin_0, count_0, TILE).to(tl.int64) * TILE.k
     x_rows_1 = _positions(begin_1, count_1, TILE).to(tl.int64) * TILE.k
     outputs = (partial_ptr, choices_ptr, num_choices, tile, split)
+    # One after the other, not `elif`: of branches of one `if` Triton 3.8 adds up the shared memory.
     if (TILE.members == 2) & (count_0 > 0) & (count_1 > 0):
         result_0, result_1 = _multiply_both(w2_ptr, inner_ptr, w_rows, x_rows_0, x_rows_1, split, TILE)
         _store_down(result_0, begin_0, count_0, outputs, TILE)
         _store_down(result_1, begin_1, count_1, outputs, TILE)
-    elif count_0 > 0:
+    if (count_0 > 0) & (count_1 == 0):
         result_0 = _multiply_one(w2_ptr, inner_ptr, w_rows, x_rows_0, split, TILE, 0)
         _store_down(result_0, begin_0, count_0, outputs, TILE)
-    elif count_1 > 0:
+    if (count_0 == 0) & (count_1 > 0):
         result_1 = _multiply_one(w2_ptr, inner_ptr, w_rows, x_rows_1, split, TILE, 1)
         _store_down(result_1, begin_1, count_1, outputs, TILE)

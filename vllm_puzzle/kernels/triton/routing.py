@@ -90,7 +90,7 @@ def _codes(topk_ids_ptr, slot_of_expert_ptr, choice, num_choices, num_slots):
     return tl.where(code >= 0, code, 2 * num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_slots"])
 def _count_kernel(
     topk_ids_ptr, slot_of_expert_ptr, counts_ptr, num_choices, num_slots, CHUNK: tl.constexpr, BINS: tl.constexpr
 ):
@@ -100,7 +100,7 @@ def _count_kernel(
     tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(codes, BINS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_slots", "num_blocks", "num_chunks"])
 def _place_kernel(
     topk_ids_ptr,
     slot_of_expert_ptr,

@@ -1,0 +1,139 @@
+"""What only a CUDA or ROCm device can show: compiled kernels, graph capture, a server, the benchmark against vLLM's.
+
+`pytest -m gpu` runs these and the operator's tests with compiled kernels. Without a device they are not run.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from openai import OpenAI
+
+from benchmarks.demo import serving
+from tests.kernels.cases import TOLERANCE, Case
+from tests.plugin.engine import assert_same_tokens, generate, running
+from tests.tiny import build_tiny
+from vllm_puzzle.cli import main
+from vllm_puzzle.kernels import REFERENCE, TRITON, packed_moe
+from vllm_puzzle.kernels.triton import DTYPES, current_target, triton_moe
+from vllm_puzzle.kernels.triton.configs import FOLDER, load_configs
+from vllm_puzzle.kernels.triton.decode import decode, make_decoder
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+PRODUCTS = ("gate_up", "down")
+PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
+
+
+def on_device(case: Case) -> tuple[torch.Tensor, ...]:
+    tensors = (case.x, case.w13, case.w2, case.slot_of_expert, case.topk_weights, case.topk_ids)
+    return tuple(tensor.to(DEVICE) for tensor in tensors)
+
+
+@triton.jit
+def decode_kernel(words_ptr, weights_ptr, DECODER: tl.constexpr, SIZE: tl.constexpr):
+    index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    words = tl.load(words_ptr + index)
+    tl.store(weights_ptr + index, decode(words, 0, DECODER))
+    tl.store(weights_ptr + tl.num_programs(0) * SIZE + index, decode(words, 1, DECODER))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_decoders_give_the_same_bits_for_every_word(dtype: torch.dtype) -> None:
+    """PTX, where the device understands it, against plain Triton: both compiled."""
+    words = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16)
+    results = []
+    for ptx in {False, current_target(DEVICE).ptx}:
+        decoder = make_decoder(DTYPES[dtype], ptx)
+        weights = torch.empty(2, 2**16, dtype=dtype, device=DEVICE)
+        decode_kernel[(64,)](words, weights, DECODER=decoder, SIZE=1024)
+        legal = ((words >> 7 & 31) > 0) & ((words >> 7 & 31) <= decoder.largest_exponent)
+        results.append(weights[:, legal].view(torch.int16))
+    assert torch.equal(results[0], results[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 8, 33, 300])
+def test_every_configuration_of_this_device(dtype: torch.dtype, num_tokens: int) -> None:
+    case = Case(num_tokens, 16, 7, top_k=4, hidden_size=1024, intermediate_size=768, dtype=dtype)
+    expected = case.expected()
+    for config in load_configs(FOLDER / f"{current_target(DEVICE).family}.json").values():
+        for split_k in (1, 2):
+            split = {name: getattr(config, name).model_copy(update={"split_k": split_k}) for name in PRODUCTS}
+            got = triton_moe(*on_device(case), "silu", False, config.model_copy(update=split))
+            case.compare(got.cpu(), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 400])
+def test_a_captured_call_is_replayed_with_other_tokens(num_tokens: int) -> None:
+    case = Case(num_tokens, 32, 16, top_k=4, hidden_size=256, intermediate_size=128)
+    arguments = on_device(case)
+    x, _, _, _, _, topk_ids = arguments
+    packed_moe(*arguments, "silu", engine=TRITON)  # Compiles, which a capture must not.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = packed_moe(*arguments, "silu", engine=TRITON)
+    for seed in range(3):
+        other = Case(num_tokens, 32, 16, top_k=4, hidden_size=256, intermediate_size=128, seed=seed)
+        case.x, case.topk_ids = other.x, other.topk_ids
+        case.topk_ids[:: seed + 2] = -1
+        x.copy_(case.x)
+        topk_ids.copy_(case.topk_ids)
+        graph.replay()
+        case.compare(output.cpu(), case.expected(), TOLERANCE[torch.bfloat16])
+
+
+def test_a_call_does_not_wait_for_the_device() -> None:
+    arguments = on_device(Case(num_tokens=40, num_experts=16, pairs=8, top_k=4))
+    packed_moe(*arguments, "silu", engine=TRITON)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_moe(*arguments, "silu", engine=TRITON)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    source, packed = build_tiny("qwen3_moe", folder / "source"), folder / "packed"
+    assert main(["convert", str(source), str(packed)]) == 0
+    return packed
+
+
+def test_a_model_gives_the_tokens_of_the_reference_engine(packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled and captured in graphs, against eager mode with the reference engine."""
+    results = []
+    for engine, eager in ((REFERENCE, True), (TRITON, False)):
+        monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
+        with running(packed_model, enforce_eager=eager, gpu_memory_utilization=0.3) as llm:
+            results.append(generate(llm, PROMPTS, 32))
+    assert_same_tokens(*results)
+
+
+def test_a_server_takes_the_triton_engine_by_itself(packed_model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    options = ("--quantization", "puzzlemoe", "--no-enforce-eager", "--gpu-memory-utilization", "0.3")
+    with serving(packed_model, log, *options) as server:
+        client = OpenAI(base_url=server.base_url, api_key="none")
+        answers = [
+            client.completions.create(model=str(packed_model), prompt="three pears", temperature=0, max_tokens=16)
+            for _ in range(2)
+        ]
+    assert answers[0].choices[0].text == answers[1].choices[0].text
+    assert "Routed experts run from packed pairs on the engine triton" in log.read_text()
+
+
+def test_the_benchmark_against_fused_moe_runs(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_moe", "--shapes", "Qwen3-30B-A3B", "--tokens", "1", "16"]
+    run = subprocess.run([*command, "--json", str(rows)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    engines = {row["engine"] for row in json.loads(rows.read_text())["rows"]}
+    assert {"packed", "bf16"} <= engines
