@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from benchmarks.machine_code import Loop, MachineCode, read_amdgcn, read_cubin
+from benchmarks.gpu_compile import compile_kernel, machine_code
+from benchmarks.machine_code import Loop, MachineCode
 from benchmarks.roofline import SHAPES
 from vllm_puzzle.kernels.triton.configs import FOLDER, Config, Product, load_configs
 from vllm_puzzle.kernels.triton.engine import make_tiles
@@ -100,30 +99,6 @@ class Row:
     misses: list[str]
 
 
-def compile_product(kernel: Any, tile: Tile, num_warps: int, gpu: GPUTarget, dtype: str) -> Any:
-    """Compiles gate_up_kernel or down_kernel as the engine launches it; all pointers are aligned to 16 bytes."""
-    pointers = {
-        "x_ptr": f"*{dtype}",
-        "w13_ptr": "*i16",
-        "w2_ptr": "*i16",
-        "inner_ptr": f"*{dtype}" if tile.split_k == 1 or kernel is down_kernel else "*fp32",
-        "partial_ptr": f"*{dtype}" if tile.split_k == 1 else "*fp32",
-        "topk_weights_ptr": "*fp32",
-        "choices_ptr": "*i32",
-        "blocks_ptr": "*i32",
-    }
-    constants = {"TILE": tile, "ACTIVATION": "silu", "WEIGHT_ON_INPUT": False}
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    source = ASTSource(
-        kernel,
-        signature,
-        {(index,): constants[name] for index, name in enumerate(names) if name in constants},
-        {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in pointers},
-    )
-    return triton.compile(source, target=gpu, options={"num_warps": num_warps})
-
-
 def cases() -> Iterator[tuple[str, int, Config, str]]:
     """Family, key, configuration and dtype of all that is compiled: every default, and each with its sums in two."""
     for family in CHIPS:
@@ -141,8 +116,9 @@ def measure(family: str, key: int, config: Config, dtype: str) -> Iterator[Row]:
     target = Target(family, "none", num_sms=1, ptx=chip.gpu.backend == "cuda")
     tiles = make_tiles(config, target, SHAPE.hidden_size, SHAPE.intermediate_size, tl_dtype)
     for kernel, tile, product in zip((gate_up_kernel, down_kernel), tiles, (config.gate_up, config.down), strict=True):
-        compiled = compile_product(kernel, tile, product.num_warps, chip.gpu, type_name)
-        code = read_cubin(compiled.asm["cubin"]) if target.ptx else read_amdgcn(compiled.asm["amdgcn"])
+        constants = {"TILE": tile, "ACTIVATION": "silu", "WEIGHT_ON_INPUT": False}
+        compiled = compile_kernel(kernel, constants, product.num_warps, chip.gpu, type_name, tile.split_k > 1)
+        code = machine_code(compiled)
         # With two members to serve, the loop that multiplies twice as much decodes both.
         most = max(loop.tensor for loop in code.main_loops)
         ones = sorted(
@@ -174,8 +150,9 @@ def _row(
     threads = product.num_warps * chip.gpu.warp_size
     elements = tile.block_rows * tile.block_k / threads
     loads = loop.asynchronous_copies if chip.gpu.backend == "cuda" else loop.global_loads
-    # Where activations are fewer than threads times 16 bytes, some threads load none.
-    activations = members * -(-tile.block_tokens * tile.block_k * 2 // (16 * threads)) * 16
+    # Where activations are fewer than one load of every thread, some threads load none.
+    load_bytes = min(loads, default=0)
+    activations = members * -(-tile.block_tokens * tile.block_k * 2 // max(1, load_bytes * threads)) * load_bytes
     words = sum(size * count for size, count in loads.items()) - activations
     programs = chip.programs(code.registers, compiled.metadata.shared, product.num_warps)
     alu = loop.integer / elements
@@ -187,7 +164,7 @@ def _row(
         misses |= {
             f"{alu:.2f} integer instructions": alu > ALU_BUDGET[members] and dtype == "bfloat16",
             f"{words / elements:.2f} bytes": words / elements > BYTES_BUDGET,
-            "loads of less than 16 bytes": min(loads, default=0) < 16 or bool(loop.global_loads),
+            "loads of less than 16 bytes": load_bytes < 16 or bool(loop.global_loads),
         }
     return Row(
         target=family,
@@ -202,7 +179,7 @@ def _row(
         issued_per_element=round(loop.issued / elements, 3),
         bytes_per_element=round(words / elements, 3),
         activation_bytes_per_element=round(activations / elements, 3),
-        load_bytes=min(loads, default=0),
+        load_bytes=load_bytes,
         operand_stores=loop.shared_stores,
         tensor_instruction=next(i.text.split()[0] for i in loop.instructions if i.kind == "tensor"),
         registers=code.registers,

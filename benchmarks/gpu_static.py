@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.gpu_compile import compile_surroundings
 from benchmarks.gpu_devices import Device
 from benchmarks.gpu_rows import CHIPS, Row, cases, measure
 from benchmarks.roofline import Costs, Instructions, MoEShape, Tile, markdown, predictions
@@ -102,6 +103,13 @@ def main() -> int:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
     print(f"\n{markdown(model)}")
+    spills = 0
+    for family, chip in tqdm(CHIPS.items(), desc="compiling the other kernels", unit="target"):
+        for name, code in compile_surroundings(chip.gpu):
+            if code.spill_bytes:
+                spills += 1
+                print(f"{family} {name}: spills {code.spill_bytes} bytes")
+    print(f"{spills} of the kernels around the products spill.")
     missed = [row for row in rows if row.misses]
     for row in missed:
         print(f"{row.target} {row.kernel} {row.dtype} {row.config} member {row.member}: {', '.join(row.misses)}")
@@ -109,7 +117,7 @@ def main() -> int:
     half = [row for row in rows if row.dtype == "float16" and CHIPS[row.target].gpu.backend == "cuda"]
     one, both = (max(row.alu_per_element for row in half if row.members == members) for members in (1, 2))
     print(f"float16, without a budget of integer instructions: up to {one:.2f} for one member and {both:.2f} for both.")
-    return 1 if missed else 0
+    return 1 if missed or spills else 0
 
 
 if __name__ == "__main__":

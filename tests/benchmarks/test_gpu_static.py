@@ -24,13 +24,28 @@ print(json.dumps([asdict(row) for row in measure(family, key, config.model_copy(
 """
 
 
-def measured(family: str, **change: Any) -> list[Row]:
-    """Rows of the family's configuration for the fewest tokens, with something changed."""
+SURROUNDINGS = """
+import itertools, json, sys
+from benchmarks.gpu_compile import compile_surroundings
+from benchmarks.gpu_rows import CHIPS
+# Those for few slots; more slots take longer to compile.
+codes = itertools.islice(compile_surroundings(CHIPS[sys.argv[1]].gpu), 10)
+print(json.dumps([(name, code.spill_bytes) for name, code in codes]))
+"""
+
+
+def compiling(script: str, *arguments: str) -> Any:
+    """What a script prints, in a process where Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, family, json.dumps(change)]
+    command = [sys.executable, "-c", script, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    return [Row(**row) for row in json.loads(run.stdout)]
+    return json.loads(run.stdout)
+
+
+def measured(family: str, **change: Any) -> list[Row]:
+    """Rows of the family's configuration for the fewest tokens, with something changed."""
+    return [Row(**row) for row in compiling(SCRIPT, family, json.dumps(change))]
 
 
 @pytest.mark.parametrize("family", ["sm80", "sm90", "sm100", "gfx942"])
@@ -47,6 +62,13 @@ def test_the_configuration_for_few_tokens_keeps_its_budgets(family: str) -> None
         assert all(2.0 < row.alu_per_element <= 5.0 for row in rows if row.member == "both")
         assert {row.half_per_element for row in rows if row.members == 1} == {0.5}
         assert {(row.bytes_per_element, row.load_bytes, row.operand_stores) for row in rows} == {(2.0, 16, 0)}
+
+
+@pytest.mark.parametrize("family", ["sm90", "gfx942"])
+def test_the_other_kernels_compile_without_spills(family: str) -> None:
+    kernels = compiling(SURROUNDINGS, family)
+    assert {name for name, _ in kernels} == {"count", "place", "activate", "combine"}
+    assert not any(spill_bytes for _, spill_bytes in kernels)
 
 
 def test_what_misses_a_budget_is_named() -> None:

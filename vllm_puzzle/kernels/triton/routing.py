@@ -59,10 +59,10 @@ def route(
     counts = blocks  # Not read where there is one chunk.
     if num_chunks > 1:
         counts = torch.empty(num_chunks, bins, dtype=torch.int32, device=topk_ids.device)
-        _count_kernel[(num_chunks,)](
+        count_kernel[(num_chunks,)](
             topk_ids, slot_of_expert, counts, num_choices, num_slots, CHUNK=chunk, BINS=bins, num_warps=4
         )
-    _place_kernel[(num_chunks,)](
+    place_kernel[(num_chunks,)](
         topk_ids,
         slot_of_expert,
         counts,
@@ -91,7 +91,7 @@ def _codes(topk_ids_ptr, slot_of_expert_ptr, choice, num_choices, num_slots):
 
 
 @triton.jit(do_not_specialize=["num_choices", "num_slots"])
-def _count_kernel(
+def count_kernel(
     topk_ids_ptr, slot_of_expert_ptr, counts_ptr, num_choices, num_slots, CHUNK: tl.constexpr, BINS: tl.constexpr
 ):
     """counts: (num_chunks, BINS), how many choices of each chunk have each code."""
@@ -101,7 +101,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_choices", "num_slots", "num_blocks", "num_chunks"])
-def _place_kernel(
+def place_kernel(
     topk_ids_ptr,
     slot_of_expert_ptr,
     counts_ptr,
