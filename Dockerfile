@@ -1,7 +1,7 @@
 # docker build --target cuda -t vllm-puzzle .        serve on NVIDIA GPUs, on vLLM's own image (the default)
 # docker build --target cpu  -t vllm-puzzle:cpu .    serve on a CPU
 #
-# docker run --gpus all -v /models:/models -p 8000:8000 vllm-puzzle /models/PACKED --quantization puzzlemoe --enforce-eager
+# docker run --gpus all -v /models:/models -p 8000:8000 vllm-puzzle /models/PACKED --quantization puzzlemoe
 
 # The wheel holds the compiled CPU engine; only this stage needs a compiler.
 FROM python:3.11-slim AS wheel

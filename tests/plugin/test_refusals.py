@@ -252,6 +252,17 @@ def test_an_engine_that_cannot_compute_the_dtype_is_refused(packed: Path, monkey
         pass
 
 
+def test_a_weight_that_float16_cannot_hold_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = a_packed_name(copy)
+    # Member 0 alone, exponent 31: 2**15.
+    edit_shard(copy, lambda tensors: tensors[name][3].fill_(1 << 13 | 31 << 7), follow=True)
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "triton")
+    expert = name.split(".experts.")[1].split(".")[0]
+    message = rf"layers\.1\..*w13_weight_packed has .* 32768 or more in the slot of expert {expert}, which float16"
+    with pytest.raises(FormatError, match=message), running(copy, dtype="float16"):
+        pass
+
+
 def test_registering_twice_changes_nothing() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 
