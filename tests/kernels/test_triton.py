@@ -1,10 +1,12 @@
 """The Triton engine: every way of cutting the products, sorting, offsets beyond 32 bits, which device it takes."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from vllm_puzzle.format import pack
 from vllm_puzzle.kernels import REFERENCE, EngineError, choose_engine
 from vllm_puzzle.kernels.triton import INTERPRETED, find_undecodable_slot, triton_moe
 from vllm_puzzle.kernels.triton.configs import FOLDER, Config, Product, find_config, load_configs
+from vllm_puzzle.kernels.triton.engine import make_tiles
 from vllm_puzzle.kernels.triton.routing import route
 from vllm_puzzle.kernels.triton.target import Target, current_target
 
@@ -170,6 +173,16 @@ def test_slots_beyond_32_bit_offsets() -> None:
 def test_a_result_repeats_bit_by_bit() -> None:
     case = Case(num_tokens=20, num_experts=6, pairs=3, top_k=2)
     assert torch.equal(case.run(engine="triton"), case.run(engine="triton"))
+
+
+def test_what_kernels_are_compiled_for_can_be_written_as_json() -> None:
+    """Where a hook watches compilations, as vLLM's does, Triton writes a kernel's constants as JSON."""
+    target = Target(family="sm90", device_name="none", num_sms=132, ptx=True)
+    tiles = [make_tiles(make_config(*cut), target, 64, 32, tl.bfloat16)[0] for cut in CUTS]
+    written = json.dumps(tiles)
+    assert "fma.rn.bf16x2" in written
+    assert len({*tiles}) == len(json.loads(written)) == len(CUTS)
+    assert tiles[0] == make_tiles(make_config(*CUTS[0]), target, 64, 32, tl.bfloat16)[0]
 
 
 def test_magnitudes_that_float16_cannot_hold_are_found() -> None:

@@ -1,6 +1,7 @@
 """How a product is cut into programs: what its kernel is compiled for."""
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import triton.language as tl
 
@@ -8,9 +9,12 @@ from .decode import Decoder
 from .target import INTERPRETED
 
 
-@dataclass(frozen=True)
-class Tile:
+@dataclass(frozen=True, eq=False)
+class Tile(str):
     """The compile-time side of one grouped product, as one argument of its kernel.
+
+    It is the text of its fields: a string is what Triton can hash, and write as JSON where a hook watches compilations,
+    as vLLM's does (vllm/utils/jit_monitor.py).
 
     Attributes:
         k: the length of the sums, hidden_size for gate-up and intermediate_size for down.
@@ -35,6 +39,9 @@ class Tile:
     num_stages: int
     weights_first: bool
     decoder: Decoder
+
+    def __new__(cls, **fields: Any) -> Self:
+        return super().__new__(cls, repr(fields))
 
     @property
     def dtype(self) -> tl.dtype:
