@@ -230,8 +230,8 @@ def markdown(predictions: Sequence[Prediction]) -> str:
         "",
         *(f"- {sentence}" for sentence in ASSUMPTIONS),
         "",
-        "Cells are µs for packed (speed-up over BF16 in the same model; millions of warp instructions issued in the main "
-        "loops), with the bound where it is not memory. "
+        "Cells are µs for packed (speed-up over BF16 in the same model; millions of warp instructions issued in the "
+        "main loops), with the bound where it is not memory. "
         "MB are those moved through HBM.",
     ]
     devices = list(dict.fromkeys(prediction.device for prediction in predictions))
