@@ -9,7 +9,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.machine_code import MachineCode, read_amdgcn, read_cubin
 from vllm_puzzle.kernels.triton.elementwise import activate_kernel, combine_kernel
-from vllm_puzzle.kernels.triton.routing import CHUNK, count_kernel, place_kernel
+from vllm_puzzle.kernels.triton.routing import CHUNK, SMALLEST_CHUNK, count_kernel, place_kernel, warps
 
 
 def compile_kernel(
@@ -59,7 +59,12 @@ def compile_surroundings(gpu: GPUTarget) -> Iterator[tuple[str, MachineCode]]:
         constants = {**sizes, "SPLIT_K": 1 + split, "TOP_K": 8, "WEIGHT_ON_INPUT": False}
         yield "combine", machine_code(compile_kernel(combine_kernel, constants, 4, gpu, split=split))
     for bins in (64, 256, 512):
-        yield "count", machine_code(compile_kernel(count_kernel, {"CHUNK": CHUNK, "BINS": bins}, 4, gpu))
-        for members, chunk, one_chunk in ((2, 16, True), (2, CHUNK, False), (1, CHUNK, True), (1, CHUNK, False)):
+        yield "count", machine_code(compile_kernel(count_kernel, {"CHUNK": CHUNK, "BINS": bins}, warps(CHUNK), gpu))
+        for members, chunk, one_chunk in (
+            (2, SMALLEST_CHUNK, True),
+            (2, CHUNK, False),
+            (1, CHUNK, True),
+            (1, CHUNK, False),
+        ):
             cut = {"BINS": bins, "CHUNK": chunk, "ONE_CHUNK": one_chunk, "MEMBERS": members, "BLOCK_TOKENS": 16}
-            yield "place", machine_code(compile_kernel(place_kernel, cut, 4, gpu))
+            yield "place", machine_code(compile_kernel(place_kernel, cut, warps(chunk), gpu))

@@ -31,11 +31,6 @@ PRODUCTS = ("gate_up", "down")
 PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 
 
-def on_device(case: Case) -> tuple[torch.Tensor, ...]:
-    tensors = (case.x, case.w13, case.w2, case.slot_of_expert, case.topk_weights, case.topk_ids)
-    return tuple(tensor.to(DEVICE) for tensor in tensors)
-
-
 @triton.jit
 def decode_kernel(words_ptr, weights_ptr, DECODER: tl.constexpr, SIZE: tl.constexpr):
     index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -66,14 +61,14 @@ def test_every_configuration_of_this_device(dtype: torch.dtype, num_tokens: int)
     for config in load_configs(FOLDER / f"{current_target(DEVICE).family}.json").values():
         for split_k in (1, 2):
             split = {name: getattr(config, name).model_copy(update={"split_k": split_k}) for name in PRODUCTS}
-            got = triton_moe(*on_device(case), "silu", False, config.model_copy(update=split))
+            got = triton_moe(*case.tensors(TRITON), "silu", False, config.model_copy(update=split))
             case.compare(got.cpu(), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 400])
 def test_a_captured_call_is_replayed_with_other_tokens(num_tokens: int) -> None:
     case = Case(num_tokens, 32, 16, top_k=4, hidden_size=256, intermediate_size=128)
-    arguments = on_device(case)
+    arguments = case.tensors(TRITON)
     x, _, _, _, _, topk_ids = arguments
     packed_moe(*arguments, "silu", engine=TRITON)  # Compiles, which a capture must not.
     graph = torch.cuda.CUDAGraph()
@@ -90,7 +85,7 @@ def test_a_captured_call_is_replayed_with_other_tokens(num_tokens: int) -> None:
 
 
 def test_a_call_does_not_wait_for_the_device() -> None:
-    arguments = on_device(Case(num_tokens=40, num_experts=16, pairs=8, top_k=4))
+    arguments = Case(num_tokens=40, num_experts=16, pairs=8, top_k=4).tensors(TRITON)
     packed_moe(*arguments, "silu", engine=TRITON)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -65,10 +65,14 @@ class Case:
         tile_slots_(w13, w2)
         return w13, w2
 
-    def run(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> torch.Tensor:
+    def tensors(self, engine: str) -> tuple[torch.Tensor, ...]:
+        """The operator's, as `engine` takes them and where it computes."""
         device = TRITON_DEVICE if engine == TRITON else self.x.device
         tensors = (self.x, *self.weights(engine), self.slot_of_expert, self.topk_weights, self.topk_ids)
-        return packed_moe(*(tensor.to(device) for tensor in tensors), activation, on_input, engine).to(self.x.device)
+        return tuple(tensor.to(device) for tensor in tensors)
+
+    def run(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> torch.Tensor:
+        return packed_moe(*self.tensors(engine), activation, on_input, engine).to(self.x.device)
 
     def expected(self, activation: str = "silu", on_input: bool = False) -> torch.Tensor:
         """Expert by expert, in float64."""

@@ -154,9 +154,7 @@ def test_inputs_stay_as_they_are(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", HERE)
 def test_it_is_a_well_formed_operator(engine: str) -> None:
-    case = Case()
-    w13, w2 = case.weights(engine)
-    arguments = (case.x, w13, w2, case.slot_of_expert, case.topk_weights, case.topk_ids, "silu", False, engine)
+    arguments = (*Case().tensors(engine), "silu", False, engine)
     torch.library.opcheck(torch.ops.vllm_puzzle.packed_moe.default, arguments)
 
 

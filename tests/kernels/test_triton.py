@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.cases import INTERPRETED_TOLERANCE, TOLERANCE, TRITON_DEVICE, Case
 from vllm_puzzle.format import pack
-from vllm_puzzle.kernels import REFERENCE, EngineError, choose_engine
+from vllm_puzzle.kernels import REFERENCE, TRITON, EngineError, choose_engine
 from vllm_puzzle.kernels.triton import INTERPRETED, find_undecodable_slot, triton_moe
 from vllm_puzzle.kernels.triton.configs import FOLDER, Config, Product, find_config, load_configs
 from vllm_puzzle.kernels.triton.engine import make_tiles
@@ -44,9 +44,7 @@ def make_config(
 
 def check(case: Case, cut: Cut, activation: str = "silu", on_input: bool = False) -> None:
     """Against float64, and against the reference engine."""
-    tensors = (case.x, case.w13, case.w2, case.slot_of_expert, case.topk_weights, case.topk_ids)
-    on_device = (tensor.to(TRITON_DEVICE) for tensor in tensors)
-    got = triton_moe(*on_device, activation, on_input, make_config(*cut)).cpu()
+    got = triton_moe(*case.tensors(TRITON), activation, on_input, make_config(*cut)).cpu()
     tolerance = (INTERPRETED_TOLERANCE if INTERPRETED else TOLERANCE)[case.x.dtype]
     case.compare(got, case.expected(activation, on_input), tolerance)
     case.compare(got, case.run(activation, on_input, REFERENCE).double(), tolerance)
@@ -66,7 +64,7 @@ def test_numbers_of_tokens(cut: Cut, num_tokens: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("cut", [CUTS[0], CUTS[4]])
 def test_three_hundred_tokens_and_none(cut: Cut) -> None:
     check(Case(num_tokens=300, num_experts=8, pairs=3, top_k=2, hidden_size=32, intermediate_size=16), cut)
-    assert Case(num_tokens=0).run(engine="triton").shape == (0, 32)
+    assert Case(num_tokens=0).run(engine=TRITON).shape == (0, 32)
 
 
 @pytest.mark.parametrize("cut", CUTS[1:4])
@@ -167,12 +165,12 @@ def test_slots_beyond_32_bit_offsets() -> None:
         setattr(case, name, large)
     assert case.w2.numel() > 2**31
     case.slot_of_expert += 2 * (num_slots - 1)
-    case.compare(case.run(engine="triton"), expected, INTERPRETED_TOLERANCE[torch.bfloat16])
+    case.compare(case.run(engine=TRITON), expected, INTERPRETED_TOLERANCE[torch.bfloat16])
 
 
 def test_a_result_repeats_bit_by_bit() -> None:
     case = Case(num_tokens=20, num_experts=6, pairs=3, top_k=2)
-    assert torch.equal(case.run(engine="triton"), case.run(engine="triton"))
+    assert torch.equal(case.run(engine=TRITON), case.run(engine=TRITON))
 
 
 def test_what_kernels_are_compiled_for_can_be_written_as_json() -> None:
@@ -211,6 +209,7 @@ def test_each_gpu_gets_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_engine_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PUZZLE_ENGINE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(EngineError, match=r"needs a CUDA or ROCm device and torch .* sees none"):
         choose_engine(torch.device("cuda", 70), torch.bfloat16)
     hopper = gpu(monkeypatch, 9, 0)
@@ -251,9 +250,9 @@ def test_tuned_configurations_come_first(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a file of tile configurations"),
-        ("{}", "holds no tile configuration"),
-        ('{"1": {"members": 3}}', "is not a file of tile configurations"),
+        ("{", "is not a file of tile configurations: the file: Invalid JSON"),
+        ("{}", "holds no tile configuration; remove it or tune again$"),
+        ('{"1": {"members": 3}}', r"is not a file of tile configurations: 1\.members: .*; remove it or tune again$"),
     ],
 )
 def test_broken_configurations_are_refused_with_their_path(tmp_path: Path, text: str, message: str) -> None:

@@ -18,6 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from ..errors import EngineError
 from .target import Target
 
+# Each number of parts is a kernel of its own.
+MOST_PARTS = 8
 FOLDER = Path(__file__).with_name("configs")
 _logger = logging.getLogger("vllm.plugins.puzzlemoe")
 
@@ -69,8 +71,14 @@ def load_configs(path: Path) -> dict[int, Config]:
     """
     try:
         configs = _FILE.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EngineError(f"{path} is not a file of tile configurations: {error}") from None
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise EngineError(
+            f"{path} is not a file of tile configurations: {where}: {first['msg']}; remove it or tune again"
+        ) from None
     if not configs:
         raise EngineError(f"{path} holds no tile configuration; remove it or tune again")
     return dict(sorted(configs.items()))
@@ -125,8 +133,8 @@ def _find_tuned(name: str) -> dict[int, Config] | None:
 
 
 def _split(product: Product, k: int, programs: int, target: Target) -> Product:
-    """Splits a sum into equal parts until all multiprocessors are full, or a part has two steps."""
+    """Splits a sum into equal parts, of two steps at least, until all multiprocessors are full."""
     steps = -(-k // product.block_k)
-    parts = [parts for parts in range(1, steps // 2 + 1) if steps % parts == 0] or [1]
+    parts = [parts for parts in range(1, min(steps // 2, MOST_PARTS) + 1) if steps % parts == 0] or [1]
     enough = (count for count in parts if count * programs >= product.programs_per_sm * target.num_sms)
     return product.model_copy(update={"split_k": next(enough, parts[-1])})

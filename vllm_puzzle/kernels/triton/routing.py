@@ -13,6 +13,9 @@ import triton.language as tl
 
 # One program sorts so many choices; more are sorted in chunks, between which a table of counts is kept.
 CHUNK = 1024
+# The smallest chunk gives every thread of a warp a choice of its own, AMD's of 64 threads too: Triton's histogram
+# divides by how often a value is repeated among threads, which is better not relied upon.
+SMALLEST_CHUNK = 64
 BLOCK_FIELDS = 5
 
 
@@ -39,6 +42,11 @@ def most_blocks(num_choices: int, num_slots: int, members: int, block_tokens: in
     return min(num_choices, groups + num_choices // block_tokens)
 
 
+def warps(chunk: int) -> int:
+    """With which a chunk is counted and sorted."""
+    return min(4, chunk // SMALLEST_CHUNK)
+
+
 def route(
     topk_ids: torch.Tensor, slot_of_expert: torch.Tensor, num_slots: int, members: int, block_tokens: int
 ) -> Routing:
@@ -54,13 +62,13 @@ def route(
     num_blocks = most_blocks(num_choices, num_slots, members, block_tokens)
     blocks = torch.empty(BLOCK_FIELDS, num_blocks, dtype=torch.int32, device=topk_ids.device)
     bins = triton.next_power_of_2(2 * num_slots + 1)
-    chunk = min(CHUNK, max(16, triton.next_power_of_2(num_choices)))
+    chunk = min(CHUNK, max(SMALLEST_CHUNK, triton.next_power_of_2(num_choices)))
     num_chunks = triton.cdiv(num_choices, chunk)
     counts = blocks  # Not read where there is one chunk.
     if num_chunks > 1:
         counts = torch.empty(num_chunks, bins, dtype=torch.int32, device=topk_ids.device)
         count_kernel[(num_chunks,)](
-            topk_ids, slot_of_expert, counts, num_choices, num_slots, CHUNK=chunk, BINS=bins, num_warps=4
+            topk_ids, slot_of_expert, counts, num_choices, num_slots, CHUNK=chunk, BINS=bins, num_warps=warps(chunk)
         )
     place_kernel[(num_chunks,)](
         topk_ids,
@@ -77,7 +85,7 @@ def route(
         ONE_CHUNK=num_chunks == 1,
         MEMBERS=members,
         BLOCK_TOKENS=block_tokens,
-        num_warps=4,
+        num_warps=warps(chunk),
     )
     return Routing(choices, blocks)
 
