@@ -64,9 +64,8 @@ def test_the_configuration_for_few_tokens_keeps_its_budgets(family: str) -> None
         assert {(row.bytes_per_element, row.load_bytes, row.operand_stores) for row in rows} == {(2.0, 16, 0)}
 
 
-@pytest.mark.parametrize("family", ["sm90", "gfx942"])
-def test_the_other_kernels_compile_without_spills(family: str) -> None:
-    kernels = compiling(SURROUNDINGS, family)
+def test_the_other_kernels_compile_without_spills() -> None:
+    kernels = compiling(SURROUNDINGS, "sm90")
     assert {name for name, _ in kernels} == {"count", "place", "activate", "combine"}
     assert not any(spill_bytes for _, spill_bytes in kernels)
 
