@@ -169,9 +169,11 @@ def fits_triton(
 def find_undecodable_slot(words: torch.Tensor, dtype: torch.dtype) -> int | None:
     """The first slot with a magnitude that `dtype` cannot hold; words: (num_slots, rows, columns).
 
-    Waits for the device.
+    Where `dtype` holds every word, none is read; otherwise it waits for the device.
     """
     largest = make_decoder(DTYPES[dtype], ptx=False).largest_exponent
+    if largest == (1 << WORD16.exponent_bits) - 1:
+        return None
     for slot, matrix in enumerate(words):
         if ((matrix & WORD16.magnitude_mask) >> WORD16.mantissa_bits).max() > largest:
             return slot
