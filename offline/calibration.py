@@ -1,8 +1,8 @@
 """Calibration: real text through the real model, one decoder layer in memory at a time."""
 
+import copy
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,11 @@ from vllm_puzzle.format import Calibration
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .families import MoEShape
+from .layer import TOKENS_AT_ONCE, RoutedTokens
 
 # PuzzleMoE, section 4: 128 sequences of 2048 tokens.
 SEQUENCE_LENGTH = 2048
 DEFAULT_SEQUENCES = 128
-
-
-@dataclass(frozen=True)
-class ExpertNorms:
-    """L2 norms of each input channel over the tokens that were routed to an expert, float32.
-
-    `hidden` (num_experts, hidden_size) is for gate and up, `intermediate` (num_experts, intermediate_size) for down;
-    `tokens` (num_experts,) counts the tokens, int64.
-    """
-
-    hidden: torch.Tensor
-    intermediate: torch.Tensor
-    tokens: torch.Tensor
-
-    @classmethod
-    def uniform(cls, shape: MoEShape) -> "ExpertNorms":
-        """All ones: saliency is the weight's magnitude alone."""
-        return cls(
-            torch.ones(shape.num_experts, shape.hidden_size),
-            torch.ones(shape.num_experts, shape.intermediate_size),
-            torch.zeros(shape.num_experts, dtype=torch.int64),
-        )
 
 
 def read_calibration(
@@ -86,94 +65,112 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _MeasuringExperts(nn.Module):
-    """Computes a layer's routed experts from their separate matrices and sums the squares of what goes into them."""
+class _SilentExperts(nn.Module):
+    """Stands in for a layer's routed experts: keeps what would enter them and answers zero.
 
-    def __init__(self, shape: MoEShape, weights: Mapping[tuple[int, str], torch.Tensor], activation: str) -> None:
+    A decoder layer adds its experts' outputs to everything else, so what comes out is the layer without them.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._projections = shape.family.projections
-        self._weights = weights
-        self._activation = ACT2FN[activation]
-        self.hidden = torch.zeros(shape.num_experts, shape.hidden_size, dtype=torch.float64)
-        self.intermediate = torch.zeros(shape.num_experts, shape.intermediate_size, dtype=torch.float64)
-        self.tokens = torch.zeros(shape.num_experts, dtype=torch.int64)
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert in top_k_index.unique().tolist():
-            token, choice = torch.where(top_k_index == expert)
-            x = hidden_states[token]
-            gate, up, down = (self._weights[expert, projection].to(x.dtype) for projection in self._projections)
-            inner = self._activation(x @ gate.T) * (x @ up.T)
-            self.hidden[expert] += x.float().square().sum(dim=0)
-            self.intermediate[expert] += inner.float().square().sum(dim=0)
-            self.tokens[expert] += len(token)
-            output.index_add_(0, token, (inner @ down.T).float() * top_k_weights[token, choice, None].float())
-        return output.to(hidden_states.dtype)
+        self.calls.append((hidden_states, top_k_index, top_k_weights.float()))
+        return torch.zeros_like(hidden_states)
 
-    def norms(self) -> ExpertNorms:
-        return ExpertNorms(self.hidden.sqrt().float(), self.intermediate.sqrt().float(), self.tokens)
+
+class HiddenStates:
+    """The calibration tokens between two decoder layers: `states` is (num_sequences, sequence_length, hidden_size)."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
+
+    def copy(self) -> "HiddenStates":
+        return HiddenStates(self.states.clone())
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """A view, (num_tokens, hidden_size)."""
+        return self.states.flatten(0, 1)
+
+    def add(self, output: torch.Tensor) -> None:
+        """Adds what the experts answer, float32 (num_tokens, hidden_size)."""
+        for tokens, part in zip(self.tokens.split(TOKENS_AT_ONCE), output.split(TOKENS_AT_ONCE), strict=True):
+            tokens.copy_(tokens.float() + part)
 
 
 class Calibrator:
-    """Carries the calibration tokens' hidden states from layer to layer; nothing else is kept between layers."""
+    """The model without its weights; a decoder layer's are there from `load` until the next `load`.
 
-    def __init__(
-        self, checkpoint: Checkpoint, config: PretrainedConfig, shape: MoEShape, token_ids: torch.Tensor
-    ) -> None:
+    All sequences are of one length and start at position 0, so every one has the masks and rotary embeddings of the
+    first.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: PretrainedConfig, shape: MoEShape, device: torch.device) -> None:
         self._shape = shape
-        self._activation: str = config.hidden_act
+        self._device = device
+        self.activation = ACT2FN[config.hidden_act]
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model.eval()
         # Rotary frequencies are computed, not loaded, so they must be built where there is memory for them.
-        self._model.rotary_emb = type(self._model.rotary_emb)(config)
-        embedding = checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"].to(torch.bfloat16)
-        with torch.inference_mode():
-            self._hidden = [nn.functional.embedding(row[None], embedding) for row in token_ids]
-            self._arguments = self._record_arguments(self._hidden[0])
+        self._model.rotary_emb = type(self._model.rotary_emb)(config).to(device)
+        self._embedding = checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+        self._arguments: list[dict[str, Any]] = []
+        self._layer = -1
+        self._module: Any = nn.Identity()
+        self._experts = _SilentExperts()
 
-    def _record_arguments(self, embedded: torch.Tensor) -> list[dict[str, Any]]:
-        """The keyword arguments of every layer (masks, rotary embeddings): all sequences are of one length."""
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> HiddenStates:
+        """The states before the first layer, bfloat16, of `token_ids` (num_sequences, sequence_length), int64."""
+        states = nn.functional.embedding(token_ids, self._embedding).to(self._device, torch.bfloat16)
         layers, norm = self._model.layers, self._model.norm
         recorders = [_Recorder() for _ in layers]
         self._model.layers, self._model.norm = nn.ModuleList(recorders), nn.Identity()
-        self._model(inputs_embeds=embedded, use_cache=False)
+        self._model(inputs_embeds=states[:1], use_cache=False)
         self._model.layers, self._model.norm = layers, norm
-        return [recorder.arguments for recorder in recorders]
+        self._arguments = [recorder.arguments for recorder in recorders]
+        return HiddenStates(states)
 
-    @torch.inference_mode()
-    def advance(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> ExpertNorms | None:
-        """Runs the tokens through decoder layer `layer`.
+    def load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes the weights of decoder layer `layer` from all that the checkpoint holds for it, by name on disk.
 
-        Args:
-            tensors: everything the checkpoint holds for this layer, by its name on disk.
-
-        Returns:
-            The norms of its experts' inputs, None for a dense layer.
+        Raises:
+            CheckpointError: they are not those of transformers' own model.
         """
-        module = self._model.layers[layer]
-        prefix = self._shape.layer_prefix(layer)
-        experts = None
+        prefix, experts = self._shape.layer_prefix(layer), self._shape.experts_prefix(layer) + "."
+        # The model's own layer stays without memory, for the next time.
+        self._layer, self._module = layer, copy.deepcopy(self._model.layers[layer])
         if layer in self._shape.moe_layers:
-            weights = {
-                (expert, projection): tensors[self._shape.expert_name(layer, expert, projection)]
-                for expert in range(self._shape.num_experts)
-                for projection in self._shape.family.projections
-            }
-            experts = module.mlp.experts = _MeasuringExperts(self._shape, weights, self._activation)
+            self._experts = self._module.mlp.experts = _SilentExperts()
         state = {
-            name.removeprefix(prefix).replace(f"{self._shape.family.moe_block}.", "mlp."): tensor.to(torch.bfloat16)
+            name.removeprefix(prefix).replace(f"{self._shape.family.moe_block}.", "mlp."): tensor.to(
+                self._device, torch.bfloat16
+            )
             for name, tensor in tensors.items()
-            if not name.startswith(self._shape.experts_prefix(layer) + ".")
+            if not name.startswith(experts)
         }
         try:
-            module.load_state_dict(state, assign=True)
+            self._module.load_state_dict(state, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"layer {layer} does not fit transformers' own model: {reason}") from None
-        for index, hidden in enumerate(self._hidden):
-            self._hidden[index] = module(hidden, **self._arguments[layer])
-        self._model.layers[layer] = nn.Identity()
-        return experts.norms() if experts is not None else None
+
+    @torch.inference_mode()
+    def run(self, hidden: HiddenStates) -> RoutedTokens | None:
+        """Carries `hidden` through the loaded layer, without the output of its routed experts: `add` that to it.
+
+        Returns:
+            What enters the routed experts; None for a dense layer, which leaves nothing to be added.
+        """
+        for index in range(len(hidden.states)):
+            states = hidden.states[index : index + 1]
+            states.copy_(self._module(states, **self._arguments[self._layer]))
+        if self._layer not in self._shape.moe_layers:
+            return None
+        calls, self._experts.calls = self._experts.calls, []
+        entering, ids, weights = (torch.cat(parts) for parts in zip(*calls, strict=True))
+        return RoutedTokens(entering, ids, weights)

@@ -1,32 +1,36 @@
 """The conversion: a source checkpoint in, a packed checkpoint out, one decoder layer in memory at a time."""
 
+import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 
 import vllm_puzzle
 from vllm_puzzle.format import (
-    FormatError,
-    LayerSlots,
     Provenance,
     PuzzleMoEQuantizationConfig,
     default_max_expert_parallel,
-    pack_single,
-    packed_name,
     parse_packed_name,
 )
 
-from .calibration import DEFAULT_SEQUENCES, Calibrator, ExpertNorms, read_calibration
+from .calibration import Calibrator, read_calibration
 from .checkpoint import Checkpoint, SourceHash
 from .errors import CheckpointError
+from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
 from .families import MoEShape, find_moe_shape
-from .merging import RULES, MergeStatistics, merge_pair
+from .job import Job, names_by_layer
+from .merging import MergeStatistics
+from .merging_pass import MergingPass
 from .model_card import ConvertResult, LayerReport, ModelCard, write_model_card
-from .pairing import count_pairs, pair_at_random
+from .options import ConvertOptions, choose_recipe
+from .pairing import Mates, count_pairs, layer_slots, pair_at_random
+from .plan import plan
+from .recipe import Recipe
 from .writer import check_destination, new_checkpoint
 
 Report = Callable[[str], None]
@@ -34,37 +38,6 @@ Report = Callable[[str], None]
 
 Progress = Callable[[int, int], None]
 """Takes how many bytes were dealt with since the last call, and how many there are in all."""
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What the command line's options of the same names say.
-
-    `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone.
-    """
-
-    calibration: Path | None = None
-    calibration_sequences: int = DEFAULT_SEQUENCES
-    rule: str = "paper"
-    tau: float = 0.4
-    compression: float = 50.0
-    max_expert_parallel: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise CheckpointError(f"--rule {self.rule} is not known; choose one of {sorted(RULES)}")
-        if not 0 <= self.tau <= 1:
-            raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses 0.4 for every model")
-        if not 0 <= self.compression <= 50:
-            raise CheckpointError(
-                f"--compression {self.compression:g} is outside 0 to 50; a pair takes the place of one expert, "
-                f"so 50 is the most"
-            )
-        if self.calibration_sequences < 1:
-            raise CheckpointError(f"--calibration-sequences {self.calibration_sequences} is not at least 1")
-        if self.max_expert_parallel is not None and self.max_expert_parallel < 1:
-            raise CheckpointError(f"--max-expert-parallel {self.max_expert_parallel} is not at least 1")
 
 
 def convert(
@@ -82,43 +55,70 @@ def convert(
     config = checkpoint.config
     shape = find_moe_shape(config, str(source / "config.json"))
     check_experts(checkpoint, shape)
+    device = options.torch_device()
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
     check_destination(destination, checkpoint.num_bytes)
-    generator = random.Random(options.seed)
-    slots = {
-        layer: pair_at_random(layer, shape.num_experts, pairs, max_expert_parallel, generator)
-        for layer in shape.moe_layers
-    }
-    calibration, calibrator = None, None
+    token_ids, calibration, calibrator = None, None, None
     if options.calibration is None:
         report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
     else:
         token_ids, calibration = read_calibration(
             options.calibration, checkpoint, config, options.calibration_sequences
         )
-        calibrator = Calibrator(checkpoint, config, shape, token_ids)
+        calibrator = Calibrator(checkpoint, config, shape, device)
+    names = names_by_layer(checkpoint, shape)
+    num_tokens = 0 if token_ids is None else token_ids.numel()
+    job = Job(
+        checkpoint,
+        names,
+        shape,
+        ACT2FN[config.hidden_act],
+        device,
+        calibrator,
+        token_ids,
+        max_expert_parallel,
+        _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, report),
+        options.seed,
+    )
+    total_bytes = checkpoint.num_bytes * (1 if job.recipe.as_published else 2)
 
-    groups = _group_by_layer(checkpoint, shape)
+    def advance(layer: int | None) -> None:
+        progress(sum(checkpoint.tensors[name].num_bytes for name in names[layer]), total_bytes)
+
+    if job.recipe.as_published:
+        mates: dict[int, list[Mates]] = {}
+        generator = random.Random(options.seed)
+        slots = {
+            layer: pair_at_random(layer, shape.num_experts, pairs, max_expert_parallel, generator)
+            for layer in shape.moe_layers
+        }
+    else:
+        budget = int(shape.num_experts * len(shape.moe_layers) * options.compression / 100 + 1e-9)
+        mates = plan(job, budget, advance)
+        report(_describe_mates(job, mates))
+        slots = {
+            layer: layer_slots(layer, shape.num_experts, [each.experts for each in chosen])
+            for layer, chosen in mates.items()
+        }
     source_hash = SourceHash()
     reports: list[LayerReport] = []
     expert_bytes_after = 0
-    with new_checkpoint(destination, len(groups)) as writer:
-        for layer, names in groups.items():
-            tensors = checkpoint.read(names)
+    merging = MergingPass(job)
+    with new_checkpoint(destination, len(names)) as writer:
+        for layer, group in names.items():
+            tensors = checkpoint.read(group)
             for name, tensor in tensors.items():
                 source_hash.add(name, tensor)
             if layer is not None:
-                norms = calibrator.advance(layer, tensors) if calibrator else ExpertNorms.uniform(shape)
-                if layer in slots:
-                    assert norms is not None
-                    if calibrator:
-                        _report_idle_experts(layer, norms, report)
-                    statistics = _pack_layer(tensors, shape, slots[layer], norms, options)
-                    reports.append(LayerReport(layer, slots[layer].pairs, statistics))
+                statistics = merging.layer(layer, tensors, slots.get(layer))
+                if statistics is not None:
+                    reports.append(LayerReport(slots[layer], statistics, mates.get(layer, [])))
             writer.add_shard(tensors)
             expert_bytes_after += sum(tensor.nbytes for name, tensor in tensors.items() if parse_packed_name(name))
-            progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
+            advance(layer)
+        for idle in merging.idle_experts:
+            report(idle)
         writer.add_index()
         quantization = PuzzleMoEQuantizationConfig(
             num_experts=shape.num_experts,
@@ -127,8 +127,10 @@ def convert(
             max_expert_parallel=max_expert_parallel,
             layers=list(slots.values()),
             provenance=Provenance(
-                rule=options.rule,
-                tau=float(options.tau),
+                rule=job.recipe.rule,
+                tau=float(job.recipe.tau) if job.recipe.rule == "paper" else None,
+                align=job.recipe.align,
+                pairing=job.recipe.pairing,
                 compression=float(options.compression),
                 seed=options.seed,
                 calibration=calibration,
@@ -153,53 +155,51 @@ def convert(
     return result
 
 
-def _group_by_layer(checkpoint: Checkpoint, shape: MoEShape) -> dict[int | None, list[str]]:
-    """Tensor names by decoder layer, None for those of no layer; one group is one shard of the output."""
-    layers: list[int | None] = [None, *range(shape.num_hidden_layers)]
-    groups: dict[int | None, list[str]] = {layer: [] for layer in layers}
-    prefixes = {shape.layer_prefix(layer): layer for layer in range(shape.num_hidden_layers)}
-    for name in sorted(checkpoint.tensors):
-        prefix = ".".join(name.split(".")[:3]) + "."
-        groups[prefixes.get(prefix)].append(name)
-    return {layer: names for layer, names in groups.items() if names}
+def _choose_recipe(
+    options: ConvertOptions,
+    checkpoint: Checkpoint,
+    config: Any,
+    names: dict[int | None, list[str]],
+    shape: MoEShape,
+    device: torch.device,
+    num_tokens: int,
+    report: Report,
+) -> Recipe:
+    """The best recipe that the options leave open and the machine can do in reasonable time; says what it will cost."""
+    experts = expected_experts(shape)
+    sizes = {
+        layer: sum(checkpoint.tensors[name].num_bytes for name in group)
+        for layer, group in names.items()
+        if layer is not None
+    }
+    dense = sum(
+        math.prod(checkpoint.tensors[name].shape) for layer in sizes for name in names[layer] if name not in experts
+    )
+    work = Work(
+        shape,
+        pairs=int(shape.num_experts * len(shape.moe_layers) * options.compression / 100),
+        num_tokens=num_tokens,
+        top_k=config.num_experts_per_tok,
+        layer_bytes=max(sizes.values()),
+        dense_weights=dense,
+    )
+    speed = measure_speed(device)
+    recipe, cost = choose_recipe([(recipe, estimate(recipe, work, speed)) for recipe in options.recipes()])
+    report(f"rule {recipe.rule}{' with aligned neurons' if recipe.align else ''} on {options.device}: {cost}")
+    return recipe
 
 
-def _report_idle_experts(layer: int, norms: ExpertNorms, report: Report) -> None:
-    idle = (norms.tokens == 0).nonzero().flatten().tolist()
-    if idle:
-        report(
-            f"layer {layer}: experts {idle} saw no calibration token, so every element that cannot be shared goes to "
-            f"their mates; calibrate on more text"
-        )
-
-
-def _pack_layer(
-    tensors: dict[str, torch.Tensor], shape: MoEShape, slots: LayerSlots, norms: ExpertNorms, options: ConvertOptions
-) -> MergeStatistics:
-    """Replaces the expert matrices among `tensors` by packed ones, a slot at a time."""
-    layer, prefix = slots.layer, shape.experts_prefix(slots.layer)
-    rule = RULES[options.rule]
-    total = MergeStatistics()
-    down = shape.family.projections[2]
-    try:
-        for slot in range(slots.num_slots):
-            members = slots.members(slot)
-            for projection in shape.family.projections:
-                names = [shape.expert_name(layer, expert, projection) for expert in members]
-                weights = [tensors.pop(name) for name in names]
-                table = norms.intermediate if projection == down else norms.hidden
-                if len(members) == 1:
-                    words = pack_single(weights[0], name=names[0])
-                else:
-                    words, statistics = merge_pair(
-                        (weights[0], weights[1]),
-                        (table[members[0]], table[members[1]]),
-                        rule,
-                        options.tau,
-                        (names[0], names[1]),
-                    )
-                    total.add(statistics)
-                tensors[packed_name(prefix, members[0], projection)] = words
-    except FormatError as error:
-        raise CheckpointError(str(error)) from None
-    return total
+def _describe_mates(job: Job, mates: dict[int, list[Mates]]) -> str:
+    chosen = [each for layer in mates.values() for each in layer]
+    if not chosen:
+        return "no experts are paired"
+    layers = sorted(len(layer) for layer in mates.values())
+    counts = f"pairing {job.recipe.pairing}: {len(chosen)} pairs, {layers[0]} to {layers[-1]} a layer"
+    if job.calibrator is None:
+        return counts
+    loss = sum(each.loss for each in chosen) / len(mates)
+    coactivation = sum(each.coactivation for each in chosen) / len(chosen)
+    return (
+        f"{counts}; estimated loss {loss:.3g} of the residual stream's energy a layer, mates fire together on "
+        f"{coactivation:.1%} of the tokens that reach either"
+    )

@@ -1,8 +1,13 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
+from collections.abc import Mapping
+
+import torch
+
 from .checkpoint import FLOATING_DTYPES, Checkpoint
 from .errors import CheckpointError
 from .families import MoEShape
+from .layer import Activation, ExpertWeights
 
 
 def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
@@ -13,6 +18,23 @@ def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
         for expert in range(shape.num_experts)
         for projection in shape.family.projections
     }
+
+
+def layer_names(shape: MoEShape, layer: int) -> list[list[str]]:
+    """The names on disk of gate, up and down of every expert of a layer."""
+    return [
+        [shape.expert_name(layer, expert, projection) for projection in shape.family.projections]
+        for expert in range(shape.num_experts)
+    ]
+
+
+def layer_experts(
+    shape: MoEShape, layer: int, tensors: Mapping[str, torch.Tensor], activation: Activation, device: torch.device
+) -> ExpertWeights:
+    """A layer's experts, out of all that the checkpoint holds for it by name on disk."""
+    matrices = [[tensors[name].to(device) for name in names] for names in layer_names(shape, layer)]
+    gate, up, down = (list(kind) for kind in zip(*matrices, strict=True))
+    return ExpertWeights(gate, up, down, activation)
 
 
 def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:

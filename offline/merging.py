@@ -1,53 +1,21 @@
-"""Merging two experts' matrices element by element."""
+"""Merging a layer's pairs, and the words that they become."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import WORD16, nearest_magnitude, pack, unpack
+from vllm_puzzle.format import pack, unpack
 
-# Bounds the float32 temporaries; a merge needs about eight of this many elements.
+from .alignment import align, neuron_magnitudes
+from .compensation import compensate
+from .correction import OutputCorrection
+from .layer import ExpertWeights
+from .rules import cheapest, paper_rule
+from .statistics import ExpertStatistics, InputNorms
+
+# Bounds the float32 temporaries of the rules that decide each element by itself, which need about eight of this many.
 _ELEMENTS_PER_BLOCK = 1 << 22
-
-
-@dataclass(frozen=True)
-class Merge:
-    """One shared magnitude (float32) and, per member, whether it has the element (bool), all of one shape."""
-
-    magnitude: torch.Tensor
-    masks: tuple[torch.Tensor, torch.Tensor]
-
-
-Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], Merge]
-
-
-def paper_rule(
-    magnitude_i: torch.Tensor,
-    magnitude_j: torch.Tensor,
-    norm_i: torch.Tensor,
-    norm_j: torch.Tensor,
-    tau: float,
-) -> Merge:
-    """The rule of PuzzleMoE, section 3 (arXiv 2511.04805).
-
-    Elements whose magnitudes differ relatively by at most `tau` are shared as their mean; of any other pair the
-    element with the larger saliency `|W| * ||X||` stays, member i on a tie.
-
-    Args:
-        magnitude_i, magnitude_j: `|W|`, float32 (rows, columns).
-        norm_i, norm_j: L2 norm of each input channel over the expert's calibration tokens, float32 (columns,).
-        tau: the largest relative difference that counts as similar.
-    """
-    total = magnitude_i + magnitude_j
-    # Two zeros give NaN, which is not similar; the magnitude that is then kept is zero all the same.
-    similar = (magnitude_i - magnitude_j).abs() / total <= tau
-    salient_i = magnitude_i * norm_i >= magnitude_j * norm_j
-    exclusive = torch.where(salient_i, magnitude_i, magnitude_j)
-    return Merge(torch.where(similar, total / 2, exclusive), (salient_i | similar, ~salient_i | similar))
-
-
-RULES: dict[str, Rule] = {"paper": paper_rule}
 
 
 @dataclass
@@ -83,52 +51,83 @@ class MergeStatistics:
         return self.squared_error / self.squared_weight if self.squared_weight else 0.0
 
 
-def merge_pair(
-    weights: tuple[torch.Tensor, torch.Tensor],
-    norms: tuple[torch.Tensor, torch.Tensor],
-    rule: Rule,
-    tau: float,
-    names: tuple[str, str],
-) -> tuple[torch.Tensor, MergeStatistics]:
-    """Merges and packs one matrix of two mates.
+def merge_as_the_paper(
+    experts: ExpertWeights, pair: tuple[int, int], norms: Sequence[InputNorms], tau: float
+) -> ExpertWeights:
+    """Both members by `paper_rule`; `norms` are theirs. Returns, as all here, float32 weights of two experts."""
+    hidden, intermediate = (torch.stack(parts)[:, None] for parts in zip(*norms, strict=True))
+
+    def rule(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        return paper_rule(weights, norms, tau)
+
+    gate, up, down = _stacked(experts, pair)
+    return _pair(experts, _by_rows(rule, gate, hidden), _by_rows(rule, up, hidden), _by_rows(rule, down, intermediate))
+
+
+def merge_by_saliency(
+    experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics]
+) -> ExpertWeights:
+    """Each element by what sharing it or leaving out a member costs; see `cheapest`."""
+    gate, up, down = _stacked(experts, pair)
+    hidden, intermediate = (
+        torch.stack([getattr(member, name) for member in statistics])[:, None] for name in ("hidden", "intermediate")
+    )
+    gate_rows, up_rows = _rows(statistics)
+    return _pair(
+        experts,
+        _by_rows(cheapest, gate, gate_rows[..., None] * hidden),
+        _by_rows(cheapest, up, up_rows[..., None] * hidden),
+        _by_rows(cheapest, down, intermediate),
+    )
+
+
+def merge_by_compensation(
+    experts: ExpertWeights,
+    pair: tuple[int, int],
+    statistics: Sequence[ExpertStatistics],
+    correction: OutputCorrection,
+) -> ExpertWeights:
+    """Column by column, gate and up first; then down, which makes up for what they lost and for the layers before.
 
     Args:
-        weights: two floating tensors (rows, columns).
-        norms: per member the input norms, float32 (columns,).
-        names: what an error message calls the two tensors.
-
-    Returns:
-        The words, int16 (rows, columns), and what the merge did.
-
-    Raises:
-        FormatError: an element that the format cannot hold; names its tensor and index.
+        statistics: with moments between inputs.
     """
-    for weight, name in zip(weights, names, strict=True):
-        _check_storable(weight, name)
-    rows, columns = weights[0].shape
-    words = torch.empty(rows, columns, dtype=WORD16.dtype)
-    statistics = MergeStatistics()
-    step = max(1, _ELEMENTS_PER_BLOCK // columns)
-    for start in range(0, rows, step):
-        block = slice(start, start + step)
-        sources = [weight[block].float() for weight in weights]
-        merged = rule(sources[0].abs(), sources[1].abs(), norms[0], norms[1], tau)
-        words[block] = pack(merged.magnitude, merged.masks, [torch.signbit(source) for source in sources])
-        statistics.add(_statistics(words[block], sources))
-    return words, statistics
+    gate, up, down = _stacked(experts, pair)
+    # Gate and up read the same inputs, so one pass over the columns decides both.
+    both = compensate(
+        torch.cat([gate, up], dim=1),
+        torch.stack([member.hidden for member in statistics]),
+        torch.cat(_rows(statistics), dim=1),
+    )
+    merged = _pair(experts, both[:, : gate.shape[1]], both[:, gate.shape[1] :], down)
+    asked = [correction.ask(expert, merged, member, statistics[member]) for member, expert in enumerate(pair)]
+    targets, moments = (torch.stack(parts) for parts in zip(*asked, strict=True))
+    merged.down = list(compensate(targets, moments, torch.ones(targets.shape[:2], device=targets.device)))
+    for member, expert in enumerate(pair):
+        correction.settle(expert, merged, member)
+    return merged
 
 
-def _check_storable(weight: torch.Tensor, name: str) -> None:
-    """Raises FormatError for an element that no packed word can hold.
+def align_mates(
+    experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics]
+) -> tuple[ExpertStatistics, ExpertStatistics]:
+    """Puts the second expert's neurons in the order that merges best; answers the statistics in that order."""
+    first, second = pair
+    order = align((neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)), statistics)
+    experts.gate[second] = experts.gate[second][order]
+    experts.up[second] = experts.up[second][order]
+    experts.down[second] = experts.down[second][:, order]
+    return statistics[0], statistics[1].permuted(order)
 
-    Left to `pack`, such an element could hide behind its mate's, or be reported at a place in the merged block.
-    """
-    low, high = torch.aminmax(weight)
-    if not max(-low.item(), high.item()) <= WORD16.largest:
-        nearest_magnitude(weight, name=name)
+
+def pack_members(members: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """The words, int16 (rows, columns), of one matrix of one expert alone or of two that were merged."""
+    held = torch.stack(list(members))
+    return pack(held.abs().amax(dim=0), [member != 0 for member in held], [torch.signbit(m) for m in held], name=name)
 
 
-def _statistics(words: torch.Tensor, sources: list[torch.Tensor]) -> MergeStatistics:
+def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
+    """What merging two matrices changed; `sources` are theirs, in the order of neurons that `words` have."""
     decoded = [unpack(words, member).float() for member in (0, 1)]
     held = [member != 0 for member in decoded]
     return MergeStatistics(
@@ -136,7 +135,34 @@ def _statistics(words: torch.Tensor, sources: list[torch.Tensor]) -> MergeStatis
         shared=int((held[0] & held[1]).sum()),
         kept=int(held[0].sum() + held[1].sum()),
         squared_error=sum(
-            float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(decoded, sources, strict=True)
+            float((a - b.float()).square().sum(dtype=torch.float64)) for a, b in zip(decoded, sources, strict=True)
         ),
-        squared_weight=sum(float(source.square().sum(dtype=torch.float64)) for source in sources),
+        squared_weight=sum(float(source.float().square().sum(dtype=torch.float64)) for source in sources),
     )
+
+
+def _stacked(experts: ExpertWeights, pair: tuple[int, int]) -> list[torch.Tensor]:
+    """Gate, up and down of both, float32 (2, rows, columns) each."""
+    return [
+        torch.stack([matrices[expert].float() for expert in pair])
+        for matrices in (experts.gate, experts.up, experts.down)
+    ]
+
+
+def _rows(statistics: Sequence[ExpertStatistics]) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.stack([member.gate_rows for member in statistics]),
+        torch.stack([member.up_rows for member in statistics]),
+    )
+
+
+def _pair(experts: ExpertWeights, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> ExpertWeights:
+    return ExpertWeights(list(gate), list(up), list(down), experts.activation)
+
+
+def _by_rows(
+    rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weights: torch.Tensor, importance: torch.Tensor
+) -> torch.Tensor:
+    step = max(1, _ELEMENTS_PER_BLOCK // weights.shape[2])
+    blocks = zip(weights.split(step, dim=1), importance.expand_as(weights).split(step, dim=1), strict=True)
+    return torch.cat([rule(*block) for block in blocks], dim=1)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from vllm_puzzle.format import PuzzleMoEQuantizationConfig
+from vllm_puzzle.format import LayerSlots, PuzzleMoEQuantizationConfig
 
 from .merging import MergeStatistics
+from .pairing import Mates
 from .writer import CheckpointWriter
 
 
@@ -21,11 +22,11 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What merging did to one layer."""
+    """What merging did to one layer; `mates` is empty where nothing was estimated before."""
 
-    layer: int
-    pairs: int
+    slots: LayerSlots
     statistics: MergeStatistics
+    mates: list[Mates]
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,21 @@ If vLLM answers `Unknown quantization method: puzzlemoe`, the `vllm-puzzle` pack
 
 | | |
 |---|---|
-| rule | `{rule}`, tau {tau:g} |
+| rule | {rule} |
 | compression asked for | {compression:g} % |
 | calibration | {calibration} |
-| pairing | random inside {blocks} block(s) of {block_size} experts, seed {seed} |
+| pairing | {pairing}, inside {blocks} block(s) of {block_size} experts, seed {seed} |
 | source SHA-256 | `{source_sha256}` |
 
 ## What merging changed
 
-Relative error is `||W' - W||^2 / ||W||^2` over the paired experts' weights; it is not a measure of quality. Measure
-perplexity or your own task on this checkpoint against the source before you serve it.
+The estimated loss is what merging the mates as they were, every element by itself, would add to the layer's output,
+relative to the squared residual stream; mates that fire together are read in one pass when serving. Relative error is
+`||W' - W||^2 / ||W||^2` over the paired experts' weights. None of them is a measure of quality: measure perplexity or
+your own task on this checkpoint against the source before you serve it.
 
-| layer | pairs | elements shared | weights kept | relative error |
-|---|---|---|---|---|
+| layer | pairs | estimated loss | fire together | elements shared | weights kept | relative error |
+|---|---|---|---|---|---|---|
 {rows}
 """
 
@@ -91,11 +94,12 @@ def write_model_card(writer: CheckpointWriter, card: ModelCard) -> None:
     if provenance.calibration is not None:
         text = provenance.calibration
         calibration = f"`{text.source}`, {text.sequences} sequences of {text.sequence_length} tokens"
-    rows = "\n".join(
-        f"| {layer.layer} | {layer.pairs} | {layer.statistics.shared_fraction:.1%} "
-        f"| {layer.statistics.kept_fraction:.1%} | {layer.statistics.relative_error:.4f} |"
-        for layer in card.layers
-    )
+    rule = f"`{provenance.rule}`"
+    if provenance.tau is not None:
+        rule += f", tau {provenance.tau:g}"
+    if provenance.align:
+        rule += ", mates' neurons aligned"
+    rows = "\n".join(_row(layer) for layer in card.layers)
     content = _TEMPLATE.format(
         name=card.name,
         source=card.source,
@@ -106,8 +110,8 @@ def write_model_card(writer: CheckpointWriter, card: ModelCard) -> None:
         checkpoint_before=result.checkpoint_bytes_before,
         checkpoint_after=result.checkpoint_bytes_after,
         checkpoint_ratio=result.checkpoint_bytes_after / result.checkpoint_bytes_before,
-        rule=provenance.rule,
-        tau=provenance.tau,
+        rule=rule,
+        pairing=provenance.pairing,
         compression=provenance.compression,
         calibration=calibration,
         blocks=card.quantization.max_expert_parallel,
@@ -117,3 +121,15 @@ def write_model_card(writer: CheckpointWriter, card: ModelCard) -> None:
         rows=rows,
     )
     writer.add_text("README.md", content)
+
+
+def _row(report: LayerReport) -> str:
+    statistics = report.statistics
+    loss = together = "not estimated"
+    if report.mates:
+        loss = f"{sum(each.loss for each in report.mates):.3g}"
+        together = f"{sum(each.coactivation for each in report.mates) / len(report.mates):.1%}"
+    return (
+        f"| {report.slots.layer} | {report.slots.pairs} | {loss} | {together} | {statistics.shared_fraction:.1%} "
+        f"| {statistics.kept_fraction:.1%} | {statistics.relative_error:.4f} |"
+    )

@@ -1,6 +1,11 @@
-"""Choosing which experts become mates."""
+"""Choosing which experts become mates, and which pairs are worth their bytes."""
 
 import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import networkx
 
 from vllm_puzzle.format import LayerSlots
 
@@ -32,20 +37,80 @@ def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) 
     return pairs
 
 
+@dataclass(frozen=True)
+class Mates:
+    """Two experts of one layer that could share a slot, by id, and what is expected of them.
+
+    `loss` is the squared error that merging them as they are is estimated to add to the layer's output, relative to
+    the squared residual stream; `coactivation` is the share of the tokens routed to either that are routed to both.
+    """
+
+    experts: tuple[int, int]
+    loss: float
+    coactivation: float
+
+
+def blocks(num_experts: int, max_expert_parallel: int) -> list[range]:
+    """The ids that stay on one rank, and so the ids among which mates are found."""
+    size = num_experts // max_expert_parallel
+    return [range(start, start + size) for start in range(0, num_experts, size)]
+
+
+def candidates(num_experts: int, max_expert_parallel: int) -> list[tuple[int, int]]:
+    """Every two experts that may be mates."""
+    return [pair for block in blocks(num_experts, max_expert_parallel) for pair in combinations(block, 2)]
+
+
+def draw_mates(num_experts: int, max_expert_parallel: int, generator: random.Random) -> list[tuple[int, int]]:
+    """As many pairs as there can be, drawn at random inside the blocks."""
+    drawn: list[tuple[int, int]] = []
+    for block in blocks(num_experts, max_expert_parallel):
+        ids = list(block)
+        generator.shuffle(ids)
+        drawn += zip(ids[0::2], ids[1::2], strict=False)
+    return drawn
+
+
+def match(mates: Iterable[Mates], pairing: str) -> list[Mates]:
+    """As many disjoint pairs as there can be: of least loss together, or of most coactivation.
+
+    By maximum-weight matching. Where coactivation leaves a choice, the smaller loss takes it.
+    """
+    graph = networkx.Graph()
+    by_pair = {frozenset(each.experts): each for each in mates}
+    largest = max((each.loss for each in by_pair.values()), default=0.0) or 1.0
+    for each in by_pair.values():
+        weight = -each.loss / largest
+        if pairing == "coactivation":
+            weight = each.coactivation + 1e-6 * weight
+        graph.add_edge(*each.experts, weight=weight)
+    matching = networkx.max_weight_matching(graph, maxcardinality=True)
+    return sorted((by_pair[frozenset(pair)] for pair in matching), key=lambda each: each.experts)
+
+
+def spend(budget: int, mates_by_layer: Mapping[int, Sequence[Mates]]) -> dict[int, list[Mates]]:
+    """The `budget` pairs of least loss over all layers; every pair saves the same bytes."""
+    ranked = sorted(
+        ((each.loss, layer, each) for layer, mates in mates_by_layer.items() for each in mates),
+        key=lambda entry: (entry[0], entry[1], entry[2].experts),
+    )
+    chosen: dict[int, list[Mates]] = {layer: [] for layer in mates_by_layer}
+    for _, layer, each in ranked[:budget]:
+        chosen[layer].append(each)
+    return chosen
+
+
+def layer_slots(layer: int, num_experts: int, pairs: Iterable[tuple[int, int]]) -> LayerSlots:
+    """Pairs in the order of their ids, then every other expert alone, ascending."""
+    mates = sorted(pairs)
+    paired = [expert for pair in mates for expert in pair]
+    single = sorted(set(range(num_experts)) - set(paired))
+    return LayerSlots(layer=layer, experts=paired + single, pairs=len(mates))
+
+
 def pair_at_random(
     layer: int, num_experts: int, pairs: int, max_expert_parallel: int, generator: random.Random
 ) -> LayerSlots:
-    """Mates drawn at random inside the blocks of `num_experts / max_expert_parallel` ids.
-
-    Where not all experts are paired, which ones stay single is drawn as well. Single slots are in ascending order.
-    """
-    block = num_experts // max_expert_parallel
-    candidates = []
-    for start in range(0, num_experts, block):
-        ids = list(range(start, start + block))
-        generator.shuffle(ids)
-        candidates += list(zip(ids[0::2], ids[1::2], strict=False))
-    mates = sorted(generator.sample(candidates, pairs))
-    paired = [expert for pair in mates for expert in pair]
-    single = sorted(set(range(num_experts)) - set(paired))
-    return LayerSlots(layer=layer, experts=paired + single, pairs=pairs)
+    """Mates drawn at random inside the blocks; where not all are paired, which ones stay single is drawn as well."""
+    drawn = draw_mates(num_experts, max_expert_parallel, generator)
+    return layer_slots(layer, num_experts, generator.sample(drawn, pairs))

@@ -72,26 +72,38 @@ def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], p
     if invalid is not None:
         raise CheckpointError(f"{path}: {name}{list(invalid)} is {words[invalid].item()}, a word that is never written")
     decoded = [unpack(words, member, packed.layout) for member in range(len(sources))]
-    held = [member != 0 for member in decoded]
     floats = [source.float() for source in sources]
-    alone = [nearest_magnitude(source, packed.layout, name) for source in floats]
-    allowed = torch.zeros_like(held[0])
-    if len(sources) == 1:
-        allowed = decoded[0].abs() == alone[0]
-    else:
-        mean = nearest_magnitude((floats[0].abs() + floats[1].abs()) / 2, packed.layout, name)
-        # Members that share an element hold the mean; a member that has it to itself holds its own magnitude; an
-        # element that nobody holds was too small for one of those to be stored.
-        both, none = held[0] & held[1], ~(held[0] | held[1])
-        allowed |= both & (decoded[0].abs() == mean)
-        allowed |= none & ((mean == 0) | (alone[0] == 0) | (alone[1] == 0))
-        for member in (0, 1):
-            allowed |= held[member] & ~both & (decoded[member].abs() == alone[member])
-    for member, source in enumerate(floats):
-        allowed &= ~held[member] | (torch.signbit(decoded[member]) == torch.signbit(source))
-    if not allowed.all():
+    allowed = _allowed(decoded, floats, packed, name)
+    if allowed is not None and not allowed.all():
         index = tuple((~allowed).nonzero()[0].tolist())
         raise CheckpointError(
             f"{path}: {name}{list(index)} decodes to {[member[index].item() for member in decoded]}, which rule "
             f"{packed.quantization.provenance.rule} cannot make from {[source[index].item() for source in floats]}"
         )
+
+
+def _allowed(
+    decoded: list[torch.Tensor], sources: list[torch.Tensor], packed: PackedCheckpoint, name: str
+) -> torch.Tensor | None:
+    """Which elements the rule can have made; None where it leaves no trace in single elements."""
+    provenance, layout = packed.quantization.provenance, packed.layout
+    alone = [nearest_magnitude(source, layout, name) for source in sources]
+    if len(sources) == 1:
+        same_sign = (decoded[0] == 0) | (torch.signbit(decoded[0]) == torch.signbit(sources[0]))
+        return same_sign & (decoded[0].abs() == alone[0])
+    if provenance.rule == "compensated" or provenance.align:
+        return None
+    held = [member != 0 for member in decoded]
+    # Members that share an element hold the mean, or with weights something between; a member that has it to itself
+    # holds its own magnitude; an element that nobody holds was too small for one of those to be stored.
+    both, none = held[0] & held[1], ~(held[0] | held[1])
+    if provenance.rule == "paper":
+        low = high = nearest_magnitude((sources[0].abs() + sources[1].abs()) / 2, layout, name)
+    else:
+        low, high = torch.minimum(*alone), torch.maximum(*alone)
+    allowed = both & (low <= decoded[0].abs()) & (decoded[0].abs() <= high)
+    allowed |= none & ((low == 0) | (alone[0] == 0) | (alone[1] == 0))
+    for member, source in enumerate(sources):
+        allowed |= held[member] & ~both & (decoded[member].abs() == alone[member])
+        allowed &= ~held[member] | (torch.signbit(decoded[member]) == torch.signbit(source))
+    return allowed

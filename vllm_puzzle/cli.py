@@ -16,7 +16,7 @@ Command = Callable[[argparse.Namespace], None]
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     # Imported here and not above: transformers takes seconds, which `--help` of another command need not wait for.
     from vllm_puzzle.offline.calibration import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
-    from vllm_puzzle.offline.merging import RULES
+    from vllm_puzzle.offline.recipe import PAIRINGS, RULES
 
     parser.description = "Packs the experts of a Mixture-of-Experts checkpoint in pairs."
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)")
@@ -35,20 +35,35 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help=f"read at most N sequences of {SEQUENCE_LENGTH} tokens from it (default: %(default)s)",
     )
     parser.add_argument(
-        "--rule", default="paper", choices=sorted(RULES), help="how mates are merged (default: %(default)s)"
+        "--rule",
+        choices=RULES,
+        help="how mates are merged (default: compensated where the machine does it in an hour a billion weights, "
+        "saliency elsewhere and without calibration)",
+    )
+    parser.add_argument(
+        "--align",
+        action=argparse.BooleanOptionalAction,
+        help="put mates' neurons in the order that merges best (default: as for --rule; never with paper)",
+    )
+    parser.add_argument(
+        "--pairing",
+        default="random",
+        choices=PAIRINGS,
+        help="mates at random, of least estimated loss, or that fire on the same tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--tau",
         type=float,
         default=0.4,
-        help="largest relative difference of magnitudes that are shared (default: %(default)s)",
+        help="for the rule paper: the largest relative difference of magnitudes that are shared (default: %(default)s)",
     )
     parser.add_argument(
         "--compression",
         type=float,
         default=50.0,
         metavar="PERCENT",
-        help="how much smaller the experts become, 0 to 50 (default: %(default)g)",
+        help="how much smaller the experts become, 0 to 50, spent where it is estimated to cost least "
+        "(default: %(default)g)",
     )
     parser.add_argument(
         "--max-expert-parallel",
@@ -58,19 +73,24 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "that leaves even blocks of at least 4 experts)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random pairing (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: %(default)s)")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from vllm_puzzle.offline.convert import ConvertOptions, convert
+    from vllm_puzzle.offline.convert import convert
+    from vllm_puzzle.offline.options import ConvertOptions
 
     options = ConvertOptions(
         calibration=None if arguments.calibration == "none" else Path(arguments.calibration),
         calibration_sequences=arguments.calibration_sequences,
         rule=arguments.rule,
         tau=arguments.tau,
+        align=arguments.align,
+        pairing=arguments.pairing,
         compression=arguments.compression,
         max_expert_parallel=arguments.max_expert_parallel,
         seed=arguments.seed,
+        device=arguments.device,
     )
     with _progress("converting") as progress:
         result = convert(arguments.source, arguments.destination, options, _say, progress)

@@ -26,10 +26,12 @@ class Calibration(_Strict):
 
 
 class Provenance(_Strict):
-    """How the checkpoint was made; nothing here changes how it is read."""
+    """How the checkpoint was made; nothing here changes how it is read. `tau` is that of the rule `paper`."""
 
     rule: str
-    tau: float
+    tau: float | None
+    align: bool
+    pairing: str
     compression: float
     seed: int
     calibration: Calibration | None

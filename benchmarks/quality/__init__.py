@@ -1,0 +1,1 @@
+"""How much quality each way of making routed experts smaller costs."""

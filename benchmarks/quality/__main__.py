@@ -1,0 +1,140 @@
+"""Measure what packing and its peers cost a real model, in one table.
+
+    python -m benchmarks.quality --json FILE [--plot FILE]
+
+Both variants of the reference model, calibrated on C4, scored on Wikipedia text that nothing was calibrated on, in
+windows that share no context. Each variant has a process and half of the cores: most of the work is too small for more.
+Takes about an hour on two cores.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+
+from benchmarks.quality.methods import PACKED, Cost, apply_packed, apply_peer
+from benchmarks.quality.model import QualityModel
+from benchmarks.quality.peers import PEERS
+from benchmarks.quality.plot import plot
+from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
+from benchmarks.quality.seeds import study_seeds
+from benchmarks.reference_model import DEFAULT_CACHE, ReferenceModelError, Variant, build, read_text
+from vllm_puzzle.offline.calibration import read_calibration
+from vllm_puzzle.offline.errors import CheckpointError
+
+TEXT_TOKENS = 8192
+SEQUENCE_LENGTH = 256
+CALIBRATION_SEQUENCES = 8
+SEED = 0
+PROMPTS, PROMPT_LENGTH, CONTINUATION_LENGTH = 16, 64, 64
+
+
+@dataclass
+class Tables:
+    """What was measured: rows of `methods`, of the generation check, and of the study of seeds."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    generation: list[dict[str, Any]] = field(default_factory=list)
+    seeds: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: list[dict[str, Any]], row: dict[str, Any]) -> None:
+        kind.append(row)
+        print(json.dumps(row), flush=True)
+
+
+def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_threads: int) -> Tables:
+    """Everything about one variant."""
+    torch.set_num_threads(num_threads)
+    tables = Tables()
+    model = QualityModel(folder)
+    ids = model.tokenizer(read_text("wiki", cache), return_tensors="pt", verbose=False).input_ids[0]
+    scorer = Scorer(model, ids[:TEXT_TOKENS].reshape(-1, SEQUENCE_LENGTH))
+    prompts = ids[TEXT_TOKENS : TEXT_TOKENS + PROMPTS * PROMPT_LENGTH].reshape(PROMPTS, PROMPT_LENGTH)
+    wanted = continue_greedily(model, prompts, CONTINUATION_LENGTH)
+    token_ids, _ = read_calibration(calibration, model.checkpoint, model.config, CALIBRATION_SEQUENCES)
+
+    def add(method: str, cost: Cost) -> None:
+        score = scorer.score()
+        tables.add(
+            tables.rows,
+            {
+                "model": name,
+                "method": method,
+                "bits_per_expert_weight": cost.bits,
+                "perplexity": score.perplexity,
+                "kl_divergence": score.kl_divergence,
+                "top1_agreement": score.top1_agreement,
+                "seconds": cost.seconds,
+            },
+        )
+        agreed = tokens_until_divergence(continue_greedily(model, prompts, CONTINUATION_LENGTH), wanted)
+        mean = sum(agreed) / len(agreed)
+        tables.add(
+            tables.generation,
+            {"model": name, "method": method, "bits_per_expert_weight": cost.bits, "tokens": agreed, "mean": mean},
+        )
+        model.reset()
+
+    add("uncompressed", Cost(16.0, 0.0))
+    for row in PACKED:
+        add(row.method, apply_packed(model, row, calibration, CALIBRATION_SEQUENCES, SEED))
+    for peer in PEERS.values():
+        add(peer.name, apply_peer(model, peer, token_ids, SEED))
+    for study in study_seeds(model, scorer, token_ids):
+        tables.add(tables.seeds, {"model": name, **study})
+    return tables
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the rows go")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of them, .svg or .png")
+    parser.add_argument("--work", type=Path, default=Path(".cache/quality"), help="keeps the models (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="keeps the wheels (%(default)s)")
+    args = parser.parse_args(argv)
+    text = f"wiki, {TEXT_TOKENS} tokens in windows of {SEQUENCE_LENGTH}"
+    num_threads = max(1, torch.get_num_threads() // len(get_args(Variant)))
+    setup = {
+        "text": text,
+        "calibration": f"c4, {CALIBRATION_SEQUENCES} sequences of 2048 tokens",
+        "generation": f"{PROMPTS} prompts of {PROMPT_LENGTH} tokens, {CONTINUATION_LENGTH} tokens greedily",
+        "seed": SEED,
+        "device": f"{platform.processor() or platform.machine()}, {num_threads} threads a variant",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    start = time.perf_counter()
+    try:
+        args.work.mkdir(parents=True, exist_ok=True)
+        calibration = args.work / "c4.txt"
+        calibration.write_text(read_text("c4", args.cache), encoding="utf-8")
+        variants = get_args(Variant)
+        for name in variants:
+            if not (args.work / name).exists():
+                build(name, args.work / name, args.cache)
+        with ProcessPoolExecutor(len(variants), get_context("spawn")) as pool:
+            jobs = [
+                pool.submit(measure, name, args.work / name, calibration, args.cache, num_threads) for name in variants
+            ]
+            results = [job.result() for job in jobs]
+        kinds = ("rows", "generation", "seeds")
+        content = {kind: [row for tables in results for row in getattr(tables, kind)] for kind in kinds}
+        args.json.write_text(json.dumps({"setup": setup, **content}, indent=1) + "\n", encoding="utf-8")
+        if args.plot is not None:
+            plot(content["rows"], args.plot, f"{text}; 135M parameters")
+    except (ReferenceModelError, CheckpointError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    print(f"{len(content['rows'])} rows in {(time.perf_counter() - start) / 60:.0f} minutes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Compressing the reference model in every way that the table compares."""
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.quality.model import QualityModel
+from benchmarks.quality.peers import LoggedTokens, Peer
+from vllm_puzzle.offline.calibration import Calibrator, HiddenStates
+from vllm_puzzle.offline.convert import convert
+from vllm_puzzle.offline.experts import layer_experts
+from vllm_puzzle.offline.job import names_by_layer
+from vllm_puzzle.offline.layer import ExpertWeights
+from vllm_puzzle.offline.options import ConvertOptions
+
+
+class Packed(NamedTuple):
+    """A row that the converter makes."""
+
+    method: str
+    rule: str
+    align: bool
+    compression: float
+
+
+PACKED = (
+    Packed("packed, paper's rule", "paper", False, 50.0),
+    Packed("packed, saliency", "saliency", False, 50.0),
+    Packed("packed, saliency, aligned", "saliency", True, 50.0),
+    Packed("packed, compensated", "compensated", False, 50.0),
+    Packed("packed, compensated, aligned", "compensated", True, 50.0),
+    Packed("packed, compensated, aligned", "compensated", True, 37.5),
+    Packed("packed, compensated, aligned", "compensated", True, 25.0),
+    Packed("packed, compensated, aligned", "compensated", True, 12.5),
+)
+
+
+class Cost(NamedTuple):
+    """Bits of memory an expert weight takes, and how long compressing took."""
+
+    bits: float
+    seconds: float
+
+
+def apply_packed(model: QualityModel, row: Packed, calibration: Path, sequences: int, seed: int) -> Cost:
+    """Converts the model's checkpoint as `vllm-puzzle convert` does and takes the experts from what it wrote."""
+    options = ConvertOptions(
+        calibration, sequences, rule=row.rule, align=row.align, compression=row.compression, seed=seed
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        result = convert(model.checkpoint.path, Path(folder, "packed"), options, print, lambda _, __: None)
+        seconds = time.perf_counter() - start
+        model.load_packed(Path(folder, "packed"))
+    return Cost(16 * result.expert_bytes_after / result.expert_bytes_before, seconds)
+
+
+@torch.inference_mode()
+def apply_peer(model: QualityModel, peer: Peer, token_ids: torch.Tensor, seed: int) -> Cost:
+    """Compresses every layer with a peer; `token_ids` are those that the converter calibrates on."""
+    generator = random.Random(seed)
+    start = time.perf_counter()
+    if peer.needs_calibration:
+        for layer, experts, tokens, hidden in walk(model, token_ids):
+            result = peer.method(experts, tokens, generator)
+            model.set_layer(layer, result.experts, result.dropped)
+            hidden.add(tokens.through(result.experts if peer.sequential else experts))
+    else:
+        nothing = torch.zeros(0, model.shape.hidden_size, dtype=torch.bfloat16)
+        tokens = LoggedTokens(nothing, torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), torch.zeros(0, 1))
+        for layer in model.shape.moe_layers:
+            result = peer.method(model.source(layer), tokens, generator)
+            model.set_layer(layer, result.experts, result.dropped)
+    return Cost(peer.bits, time.perf_counter() - start)
+
+
+def walk(
+    model: QualityModel, token_ids: torch.Tensor
+) -> Iterator[tuple[int, ExpertWeights, LoggedTokens, HiddenStates]]:
+    """Every MoE layer with the calibration tokens that enter its experts, through the converter's own calibration.
+
+    Yields the layer, its uncompressed experts, the tokens, and the hidden states that lack the experts' output: add
+    it before going on.
+    """
+    checkpoint, shape = model.checkpoint, model.shape
+    device = torch.device("cpu")
+    calibrator = Calibrator(checkpoint, model.config, shape, device)
+    hidden = calibrator.embed(token_ids)
+    names = names_by_layer(checkpoint, shape)
+    for layer in range(shape.num_hidden_layers):
+        tensors = checkpoint.read(names[layer])
+        calibrator.load(layer, tensors)
+        routed = calibrator.run(hidden)
+        if routed is None:
+            continue
+        router = tensors[f"{shape.layer_prefix(layer)}{shape.family.moe_block}.gate.weight"]
+        logits = (routed.hidden @ router.to(routed.hidden.dtype).T).float()
+        tokens = LoggedTokens(routed.hidden, routed.topk_ids, routed.topk_weights, logits)
+        yield layer, layer_experts(shape, layer, tensors, calibrator.activation, device), tokens, hidden

@@ -1,0 +1,87 @@
+"""How far a compressed model is from the uncompressed one, on text that calibration never saw."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+from benchmarks.quality.model import QualityModel
+
+_WINDOWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Score:
+    """`perplexity` of the text; mean `kl_divergence` in nats and `top1_agreement` against the uncompressed model."""
+
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+
+class Scorer:
+    """Scores windows of a text that share no context; the first token of each is given, not predicted.
+
+    Args:
+        windows: token ids, int64 (num_windows, sequence_length).
+        model: holds the uncompressed experts at this moment.
+    """
+
+    def __init__(self, model: QualityModel, windows: torch.Tensor) -> None:
+        self._model = model
+        self._windows = windows
+        self._reference = self._hidden()
+
+    @torch.inference_mode()
+    def _hidden(self) -> list[torch.Tensor]:
+        """What enters the output head, per part of the windows."""
+        body = self._model.causal.model
+        return [body(part, use_cache=False)[0] for part in self._windows.split(_WINDOWS_AT_ONCE)]
+
+    @torch.inference_mode()
+    def score(self) -> Score:
+        """Of the experts that the model holds at this moment."""
+        negative_log_likelihood = divergence = agreed = 0.0
+        parts = zip(self._windows.split(_WINDOWS_AT_ONCE), self._hidden(), self._reference, strict=True)
+        for ids, hidden, reference in parts:
+            for window, rows, wanted in zip(ids, hidden, reference, strict=True):
+                logits, wanted_logits = (self._model.causal.lm_head(h[:-1]).float() for h in (rows, wanted))
+                negative_log_likelihood += cross_entropy(logits, window[1:], reduction="sum").item()
+                divergence += kl_div(
+                    logits.log_softmax(-1), wanted_logits.log_softmax(-1), reduction="sum", log_target=True
+                ).item()
+                agreed += (logits.argmax(-1) == wanted_logits.argmax(-1)).sum().item()
+        predicted = self._windows.numel() - len(self._windows)
+        return Score(math.exp(negative_log_likelihood / predicted), divergence / predicted, agreed / predicted)
+
+    @torch.inference_mode()
+    def perplexity(self) -> float:
+        """Of the experts that the model holds at this moment, alone."""
+        total = 0.0
+        for ids, hidden in zip(self._windows.split(_WINDOWS_AT_ONCE), self._hidden(), strict=True):
+            for window, rows in zip(ids, hidden, strict=True):
+                total += cross_entropy(
+                    self._model.causal.lm_head(rows[:-1]).float(), window[1:], reduction="sum"
+                ).item()
+        return math.exp(total / (self._windows.numel() - len(self._windows)))
+
+
+@torch.inference_mode()
+def continue_greedily(model: QualityModel, prompts: torch.Tensor, length: int) -> torch.Tensor:
+    """The `length` tokens, int64 (num_prompts, length), that follow prompts (num_prompts, prompt_length)."""
+    tokens = model.causal.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=length,
+        min_new_tokens=length,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    continuation: torch.Tensor = tokens[:, prompts.shape[1] :]
+    return continuation
+
+
+def tokens_until_divergence(continuation: torch.Tensor, reference: torch.Tensor) -> list[int]:
+    """How many tokens of each row agree before the first that differs."""
+    return [int(row.cumprod(0).sum()) for row in (continuation == reference).int()]

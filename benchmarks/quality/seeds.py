@@ -1,0 +1,78 @@
+"""How much the random choice of mates matters: the same rule on several pairings of the same model."""
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.quality.methods import walk
+from benchmarks.quality.model import QualityModel
+from benchmarks.quality.score import Scorer
+from vllm_puzzle.format import default_max_expert_parallel
+from vllm_puzzle.offline.layer import ExpertWeights
+from vllm_puzzle.offline.merging import merge_as_the_paper, merge_by_saliency
+from vllm_puzzle.offline.pairing import draw_mates
+from vllm_puzzle.offline.statistics import input_norms, measure
+
+SEEDS = 8
+TAU = 0.4
+
+Merge = Callable[[ExpertWeights, tuple[int, int], Sequence[Any]], ExpertWeights]
+
+
+def _by_paper(experts: ExpertWeights, pair: tuple[int, int], norms: Sequence[Any]) -> ExpertWeights:
+    return merge_as_the_paper(experts, pair, norms, TAU)
+
+
+@torch.inference_mode()
+def study_seeds(model: QualityModel, scorer: Scorer, token_ids: torch.Tensor) -> list[dict[str, Any]]:
+    """Perplexity at 50 % over SEEDS random pairings, for both rules that decide every element by itself.
+
+    The tokens go through the source model once: what is known of an expert does not depend on its mate.
+    """
+    generators = [random.Random(seed) for seed in range(SEEDS)]
+    merged: dict[str, list[dict[int, ExpertWeights]]] = {
+        "paper's rule": [{} for _ in generators],
+        "saliency": [{} for _ in generators],
+    }
+    for layer, experts, tokens, hidden in walk(model, token_ids):
+        hidden.add(tokens.through(experts))
+        ids = range(experts.num_experts)
+        norms = [input_norms(experts, expert, tokens) for expert in ids]
+        moments = [measure(experts, expert, tokens, full=False) for expert in ids]
+        for seed, generator in enumerate(generators):
+            mates = draw_mates(experts.num_experts, default_max_expert_parallel(experts.num_experts), generator)
+            merged["paper's rule"][seed][layer] = _merge(experts, mates, _by_paper, norms)
+            merged["saliency"][seed][layer] = _merge(experts, mates, merge_by_saliency, moments)
+    rows = []
+    for method, models in merged.items():
+        perplexities = []
+        for layers in models:
+            for layer, experts in layers.items():
+                model.set_layer(layer, experts)
+            perplexities.append(scorer.perplexity())
+        rows.append(
+            {
+                "method": f"packed, {method}, 50 %",
+                "perplexities": perplexities,
+                "mean": statistics.mean(perplexities),
+                "standard_deviation": statistics.stdev(perplexities),
+            }
+        )
+    model.reset()
+    return rows
+
+
+def _merge(
+    experts: ExpertWeights, mates: Sequence[tuple[int, int]], merge: Merge, known: Sequence[Any]
+) -> ExpertWeights:
+    result = ExpertWeights(list(experts.gate), list(experts.up), list(experts.down), experts.activation)
+    for pair in mates:
+        two = merge(experts, pair, [known[expert] for expert in pair])
+        for member, expert in enumerate(pair):
+            result.gate[expert], result.up[expert], result.down[expert] = (
+                matrix.bfloat16() for matrix in two.matrices(member)
+            )
+    return result

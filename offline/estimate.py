@@ -1,0 +1,124 @@
+"""How long a conversion takes on the machine at hand and how much memory, said before it starts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .families import MoEShape
+from .layer import TOKENS_AT_ONCE
+from .recipe import Recipe
+
+# The default recipe is the best one within either.
+MINUTES_PER_BILLION_WEIGHTS = 60.0
+MINUTES_IN_ALL = 15.0
+
+# Columns decided a second by a device that is limited by launching operations: about 15 of 5 to 10 microseconds each.
+_SECONDS_PER_COLUMN = 1.5e-4
+# Products of a probe that keeps a CPU busy for some 0.1 s; elementwise work for as long.
+_PROBE_SIZE = 1024
+_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second: floating-point operations of float32 products, and losses of element pairs."""
+
+    products: float
+    elements: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one conversion: `seconds` in all, `num_bytes` the most memory at once beside the process itself."""
+
+    seconds: float
+    num_bytes: int
+    expert_weights: int
+
+    @property
+    def minutes_per_billion(self) -> float:
+        return self.seconds / 60 / (self.expert_weights / 1e9)
+
+    @property
+    def is_reasonable(self) -> bool:
+        return self.minutes_per_billion <= MINUTES_PER_BILLION_WEIGHTS or self.seconds <= 60 * MINUTES_IN_ALL
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        long = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
+        return f"about {long} ({self.minutes_per_billion:.1f} minutes a billion weights), {self.num_bytes / 1e9:.1f} GB"
+
+
+def measure_speed(device: torch.device) -> Speed:
+    """By a short probe of each kind of work."""
+    a, b = torch.randn(2, _PROBE_SIZE, _PROBE_SIZE, device=device)
+    x = torch.rand(_ELEMENTS, device=device)
+    products = _rate(lambda: a @ b, 2 * _PROBE_SIZE**3, device)
+    # The loss of an element pair is about a dozen passes like these three.
+    elements = _rate(lambda: torch.minimum((x - x * x).square(), x), _ELEMENTS / 3, device)
+    return Speed(products, elements)
+
+
+def _rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
+    work()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return amount / sorted(times)[2]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to convert.
+
+    `pairs` in all layers; `num_tokens` of calibration, 0 for none; `layer_bytes` of the largest decoder layer on disk;
+    `dense_weights` of all decoder layers without their routed experts.
+    """
+
+    shape: MoEShape
+    pairs: int
+    num_tokens: int
+    top_k: int
+    layer_bytes: int
+    dense_weights: int
+
+
+def estimate(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
+    """What converting costs; right within a factor of two where `speed` is."""
+    shape, pairs, num_tokens = work.shape, work.pairs, work.num_tokens
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    layers = len(shape.moe_layers)
+    expert = 3 * hidden * inner
+    weights = shape.num_experts * layers * expert
+    routed = num_tokens * work.top_k * layers
+    through = 2 * routed * expert + 2 * num_tokens * work.dense_weights
+    products = 2.0 * through
+    elements = float(2 * weights)
+    columns = 0
+    if not recipe.as_published:
+        # Planning, on statistics of every expert.
+        products += through + 2 * 2 * routed * expert / 3
+        drawn = 1 if recipe.pairing == "random" else shape.num_experts
+        elements += drawn * weights / 2
+    if recipe.compensated:
+        share = 2 * pairs / (shape.num_experts * layers)
+        products += 2 * through + share * 5 * 2 * routed * expert + share * 2 * routed * (hidden**2 + 2 * inner**2)
+        # Two factorizations and an inverse a moment, then every column's error into those that follow.
+        products += 2 * pairs * (2 * hidden**3 + 3 * inner**3) + 2 * pairs * (2 * inner * hidden**2 + hidden * inner**2)
+        columns += pairs * (hidden + inner)
+    if recipe.align:
+        elements += 3 * hidden * float(inner) ** 2 * pairs
+    seconds = products / speed.products + elements / speed.elements + columns * _SECONDS_PER_COLUMN
+    ways = 2 if recipe.compensated else 1
+    held = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
+    at_once = min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
+    moments = 2 * 4 * (hidden**2 + inner**2) * 4 if recipe.compensated else 0
+    pair = 2 * expert * 4 * 6
+    aligned = inner**2 * 12 if recipe.align else 0
+    return Estimate(seconds, 2 * work.layer_bytes + held + at_once + moments + pair + aligned, weights)

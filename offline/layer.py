@@ -1,0 +1,76 @@
+"""One MoE layer as calibration and merging see it: its routed experts, and the tokens that were routed to them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+# Bounds the temporaries of everything that is computed from tokens, whatever the calibration text's length.
+TOKENS_AT_ONCE = 8192
+
+
+@dataclass
+class ExpertWeights:
+    """The matrices of a layer's experts, one floating tensor each.
+
+    `gate` and `up` are (intermediate_size, hidden_size) per expert, `down` is (hidden_size, intermediate_size).
+    """
+
+    gate: list[torch.Tensor]
+    up: list[torch.Tensor]
+    down: list[torch.Tensor]
+    activation: Activation
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.gate)
+
+    def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate, up and down of one expert."""
+        return self.gate[expert], self.up[expert], self.down[expert]
+
+    def intermediate(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What goes into the down projection: (num_tokens, hidden_size) to (num_tokens, intermediate_size)."""
+        gate, up = self.gate[expert].to(hidden.dtype), self.up[expert].to(hidden.dtype)
+        return self.activation(hidden @ gate.T) * (hidden @ up.T)
+
+    def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """One expert alone, before its router weight: (num_tokens, hidden_size) to the same."""
+        return self.intermediate(expert, hidden) @ self.down[expert].to(hidden.dtype).T
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """What enters a layer's experts, and where the router sends it.
+
+    `hidden` is (num_tokens, hidden_size) in the model's dtype; `topk_ids` int64 and `topk_weights` float32 are
+    (num_tokens, top_k).
+    """
+
+    hidden: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of one expert: positions, int64 (n,), ascending, and its router weights there, float32 (n,)."""
+        tokens, choices = torch.where(self.topk_ids == expert)
+        return tokens, self.topk_weights[tokens, choices]
+
+    def parts(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """`of(expert)` in parts of at most TOKENS_AT_ONCE, each with its rows of `hidden`: positions, weights, rows."""
+        for tokens, weights in zip(*(whole.split(TOKENS_AT_ONCE) for whole in self.of(expert)), strict=True):
+            if len(tokens):
+                yield tokens, weights, self.hidden[tokens]
+
+    def through(self, experts: ExpertWeights) -> torch.Tensor:
+        """The sum of the chosen experts' outputs times their router weights, float32 (num_tokens, hidden_size)."""
+        total = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
+        for expert in range(experts.num_experts):
+            for tokens, weights, rows in self.parts(expert):
+                total.index_add_(0, tokens, experts.output(expert, rows).float() * weights[:, None])
+        return total

@@ -1,0 +1,112 @@
+"""One layer: its pairs merged, its slots packed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_puzzle.format import WORD16, LayerSlots, nearest_magnitude, unpack
+
+from .correction import OutputCorrection
+from .layer import ExpertWeights, RoutedTokens
+from .merging import (
+    MergeStatistics,
+    align_mates,
+    compare,
+    merge_as_the_paper,
+    merge_by_compensation,
+    merge_by_saliency,
+    pack_members,
+)
+from .recipe import Recipe
+from .statistics import ExpertStatistics, input_norms, measure, uniform, uniform_norms
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """`words` are each slot's gate, up and down, int16, in slot order; `experts` what a reader of them finds."""
+
+    words: list[list[torch.Tensor]]
+    experts: ExpertWeights
+    statistics: MergeStatistics
+
+
+def merge_layer(
+    experts: ExpertWeights,
+    names: Sequence[Sequence[str]],
+    slots: LayerSlots,
+    recipe: Recipe,
+    routed: RoutedTokens | None = None,
+    lacking: torch.Tensor | None = None,
+) -> PackedLayer:
+    """Merges and packs.
+
+    Args:
+        experts: the layer's own; where mates are aligned, their neurons are put in another order here.
+        names: what an error calls gate, up and down of each expert.
+        routed: the calibration tokens at this layer; None weighs by magnitudes alone.
+        lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for the rule `compensated`; see
+            `OutputCorrection`.
+
+    Raises:
+        FormatError: an element that no word can hold; names tensor and index.
+    """
+    for expert, matrices in enumerate(names):
+        for matrix, name in zip(experts.matrices(expert), matrices, strict=True):
+            _check_storable(matrix, name)
+    correction = None
+    if recipe.compensated:
+        assert routed is not None
+        assert lacking is not None
+        correction = OutputCorrection(experts, routed, lacking)
+    stored = ExpertWeights(list(experts.gate), list(experts.up), list(experts.down), experts.activation)
+    words, total = [], MergeStatistics()
+    for slot in range(slots.num_slots):
+        members = slots.members(slot)
+        merged = [experts.matrices(expert) for expert in members]
+        if len(members) == 2:
+            pair = _merge(experts, members, recipe, routed, correction)
+            merged = [pair.matrices(member) for member in (0, 1)]
+        packed = [
+            pack_members(mates, name) for mates, name in zip(zip(*merged, strict=True), names[members[0]], strict=True)
+        ]
+        if len(members) == 2:
+            sources = zip(*(experts.matrices(expert) for expert in members), strict=True)
+            for matrix, mates in zip(packed, sources, strict=True):
+                total.add(compare(matrix, mates))
+        for member, expert in enumerate(members):
+            stored.gate[expert], stored.up[expert], stored.down[expert] = (unpack(matrix, member) for matrix in packed)
+        words.append([matrix.cpu() for matrix in packed])
+    return PackedLayer(words, stored, total)
+
+
+def _merge(
+    experts: ExpertWeights,
+    pair: tuple[int, ...],
+    recipe: Recipe,
+    routed: RoutedTokens | None,
+    correction: OutputCorrection | None,
+) -> ExpertWeights:
+    first, second = pair
+    if recipe.rule == "paper":
+        norms = [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
+        return merge_as_the_paper(experts, (first, second), norms, recipe.tau)
+    statistics: Sequence[ExpertStatistics] = [
+        measure(experts, expert, routed, full=recipe.compensated) if routed else uniform(experts, expert)
+        for expert in pair
+    ]
+    if recipe.align:
+        statistics = align_mates(experts, (first, second), statistics)
+    if correction is not None:
+        return merge_by_compensation(experts, (first, second), statistics, correction)
+    return merge_by_saliency(experts, (first, second), statistics)
+
+
+def _check_storable(matrix: torch.Tensor, name: str) -> None:
+    """Raises FormatError for an element that no packed word can hold.
+
+    Left to packing, such an element could hide behind its mate's, or be reported at a place in the merged matrix.
+    """
+    low, high = torch.aminmax(matrix)
+    if not max(-low.item(), high.item()) <= WORD16.largest:
+        nearest_magnitude(matrix, name=name)
