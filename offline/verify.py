@@ -5,12 +5,16 @@ from pathlib import Path
 
 import torch
 
-from vllm_puzzle.format import find_invalid_word, nearest_magnitude, unpack
+from vllm_puzzle.format import find_invalid_word, nearest_magnitude, packed_name, unpack
 
 from .checkpoint import Checkpoint
 from .convert import Progress
 from .errors import CheckpointError
 from .packed import PackedCheckpoint
+
+# Of the check of functions: random inputs, and a cosine that unrelated experts do not reach.
+_INPUTS = 64
+_LEAST_LIKENESS = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
             packed_count += 1
         seen.update(names)
         progress(packed.checkpoint.tensors[name].num_bytes, packed.checkpoint.num_bytes)
+    if not _leaves_traces(packed):
+        for slots in packed.quantization.layers:
+            for slot in range(slots.pairs):
+                _check_function(original, packed, slots.layer, slots.members(slot))
     missing = sorted(set(original.tensors) - seen)
     if missing:
         raise CheckpointError(f"{packed_path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
@@ -82,6 +90,37 @@ def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], p
         )
 
 
+def _leaves_traces(packed: PackedCheckpoint) -> bool:
+    """Whether a merged element follows from the two at its place in the source."""
+    provenance = packed.quantization.provenance
+    return provenance.rule != "compensated" and not provenance.align
+
+
+def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, members: tuple[int, ...]) -> None:
+    """That each of two mates still answers random inputs somewhat as its source does, and not as another expert."""
+    shape, path = packed.shape, packed.checkpoint.path
+    prefix = shape.experts_prefix(layer)
+    names = [packed_name(prefix, members[0], projection) for projection in shape.family.projections]
+    words = packed.checkpoint.read(names)
+    inputs = torch.randn(_INPUTS, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    for member, expert in enumerate(members):
+        sources = original.read(shape.expert_name(layer, expert, projection) for projection in shape.family.projections)
+        merged = [unpack(words[name], member, packed.layout) for name in names]
+        wanted, answered = (_answer(matrices, inputs).flatten() for matrices in (list(sources.values()), merged))
+        likeness = torch.cosine_similarity(wanted, answered, dim=0).item()
+        if not likeness >= _LEAST_LIKENESS:
+            raise CheckpointError(
+                f"{path}: {names[0].removesuffix('.weight_packed')} and its up and down hold expert {expert} as member "
+                f"{member}, but answer random inputs with a cosine of {likeness:.2f} to that expert of the source; "
+                f"{_LEAST_LIKENESS} is the least that merging leaves, so convert again"
+            )
+
+
+def _answer(matrices: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    gate, up, down = (matrix.float() for matrix in matrices)
+    return (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
+
+
 def _allowed(
     decoded: list[torch.Tensor], sources: list[torch.Tensor], packed: PackedCheckpoint, name: str
 ) -> torch.Tensor | None:
@@ -91,7 +130,7 @@ def _allowed(
     if len(sources) == 1:
         same_sign = (decoded[0] == 0) | (torch.signbit(decoded[0]) == torch.signbit(sources[0]))
         return same_sign & (decoded[0].abs() == alone[0])
-    if provenance.rule == "compensated" or provenance.align:
+    if not _leaves_traces(packed):
         return None
     held = [member != 0 for member in decoded]
     # Members that share an element hold the mean, or with weights something between; a member that has it to itself
