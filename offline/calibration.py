@@ -165,6 +165,9 @@ class Calibrator:
 
         Returns:
             What enters the routed experts; None for a dense layer, which leaves nothing to be added.
+
+        Raises:
+            CheckpointError: it is not finite.
         """
         for index in range(len(hidden.states)):
             states = hidden.states[index : index + 1]
@@ -173,4 +176,9 @@ class Calibrator:
             return None
         calls, self._experts.calls = self._experts.calls, []
         entering, ids, weights = (torch.cat(parts) for parts in zip(*calls, strict=True))
+        if not bool(entering.isfinite().all()):
+            raise CheckpointError(
+                f"layer {self._layer}: the calibration text reaches its experts as numbers that are not finite, so a "
+                f"weight before them is NaN, infinite or far too large; repair the checkpoint"
+            )
         return RoutedTokens(entering, ids, weights)

@@ -81,10 +81,11 @@ def convert(
         _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, report),
         options.seed,
     )
-    total_bytes = checkpoint.num_bytes * (1 if job.recipe.as_published else 2)
+    sizes = {layer: sum(checkpoint.tensors[name].num_bytes for name in group) for layer, group in names.items()}
+    planned = 0 if job.recipe.as_published else sum(sizes[layer] for layer in job.decoder_layers)
 
     def advance(layer: int | None) -> None:
-        progress(sum(checkpoint.tensors[name].num_bytes for name in names[layer]), total_bytes)
+        progress(sizes[layer], checkpoint.num_bytes + planned)
 
     if job.recipe.as_published:
         mates: dict[int, list[Mates]] = {}

@@ -58,7 +58,10 @@ class OutputCorrection:
             count += len(tokens)
         share = len(moment) / (len(moment) + count)
         moment = (1 - share) * moment + share * statistics.intermediate
-        ridge = moment + torch.diag(_RIDGE * moment.diagonal() + 1e-3 * moment.diagonal().mean())
+        diagonal = moment.diagonal()
+        # Above zero for an expert whose weights are all zero.
+        least = (1e-3 * diagonal.mean()).clamp(min=1e-20)
+        ridge = moment + torch.diag(_RIDGE * diagonal + least)
         return down + torch.linalg.solve(ridge, cross.T).T, moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:

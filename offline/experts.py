@@ -1,8 +1,10 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+
+from vllm_puzzle.format import WORD16, nearest_magnitude
 
 from .checkpoint import FLOATING_DTYPES, Checkpoint
 from .errors import CheckpointError
@@ -35,6 +37,21 @@ def layer_experts(
     matrices = [[tensors[name].to(device) for name in names] for names in layer_names(shape, layer)]
     gate, up, down = (list(kind) for kind in zip(*matrices, strict=True))
     return ExpertWeights(gate, up, down, activation)
+
+
+def check_storable(experts: ExpertWeights, names: Sequence[Sequence[str]]) -> None:
+    """Raises FormatError for the first element that no packed word can hold; names its tensor and index.
+
+    Left to packing, such an element could hide behind its mate's, or be reported at a place in the merged matrix.
+
+    Args:
+        names: of gate, up and down of each expert.
+    """
+    for expert, expert_names in enumerate(names):
+        for matrix, name in zip(experts.matrices(expert), expert_names, strict=True):
+            low, high = torch.aminmax(matrix)
+            if not max(-low.item(), high.item()) <= WORD16.largest:
+                nearest_magnitude(matrix, name=name)
 
 
 def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:

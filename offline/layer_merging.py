@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import WORD16, LayerSlots, nearest_magnitude, unpack
+from vllm_puzzle.format import LayerSlots, unpack
 
 from .correction import OutputCorrection
+from .experts import check_storable
 from .layer import ExpertWeights, RoutedTokens
 from .merging import (
     MergeStatistics,
@@ -51,9 +52,7 @@ def merge_layer(
     Raises:
         FormatError: an element that no word can hold; names tensor and index.
     """
-    for expert, matrices in enumerate(names):
-        for matrix, name in zip(experts.matrices(expert), matrices, strict=True):
-            _check_storable(matrix, name)
+    check_storable(experts, names)
     correction = None
     if recipe.compensated:
         assert routed is not None
@@ -100,13 +99,3 @@ def _merge(
     if correction is not None:
         return merge_by_compensation(experts, (first, second), statistics, correction)
     return merge_by_saliency(experts, (first, second), statistics)
-
-
-def _check_storable(matrix: torch.Tensor, name: str) -> None:
-    """Raises FormatError for an element that no packed word can hold.
-
-    Left to packing, such an element could hide behind its mate's, or be reported at a place in the merged matrix.
-    """
-    low, high = torch.aminmax(matrix)
-    if not max(-low.item(), high.item()) <= WORD16.largest:
-        nearest_magnitude(matrix, name=name)

@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from vllm_puzzle.format import FormatError
+
 from .alignment import estimate_loss, neuron_magnitudes
-from .experts import layer_experts
+from .errors import CheckpointError
+from .experts import check_storable, layer_experts, layer_names
 from .job import Job
 from .layer import ExpertWeights, RoutedTokens
 from .pairing import Mates, candidates, draw_mates, match, spend
@@ -23,7 +26,7 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
         advance: told of each layer that is done.
 
     Raises:
-        CheckpointError: a layer that does not fit transformers' own model.
+        CheckpointError: a layer does not fit transformers' own model, or an element no word.
     """
     shape, calibrator = job.shape, job.calibrator
     generator = random.Random(job.seed)
@@ -32,6 +35,7 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
     for layer in job.decoder_layers:
         moe = layer in shape.moe_layers
         if not moe and calibrator is None:
+            advance(layer)
             continue
         tensors = job.checkpoint.read(job.names[layer])
         routed, energy = None, 1.0
@@ -40,6 +44,10 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
             routed = calibrator.run(hidden)
         if moe:
             experts = layer_experts(shape, layer, tensors, job.activation, job.device)
+            try:
+                check_storable(experts, layer_names(shape, layer))
+            except FormatError as error:
+                raise CheckpointError(str(error)) from None
             if routed is not None and hidden is not None:
                 hidden.add(routed.through(experts))
                 # The next norm divides by the stream, token by token: where it is large an error is small.

@@ -72,7 +72,12 @@ class _Sums:
         self._activation = experts.activation
         self._full = full
         self.weight = 0.0
-        self.hidden = self.intermediate = self.gate_rows = self.up_rows = torch.zeros(())
+        intermediate_size, hidden_size = self._gate.shape
+        self.hidden, self.intermediate = (
+            torch.zeros((size, size) if full else size, device=self._gate.device)
+            for size in (hidden_size, intermediate_size)
+        )
+        self.gate_rows, self.up_rows = torch.zeros(2, intermediate_size, device=self._gate.device)
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
         """`rows` (n, hidden_size), `weights` w (n,), float32."""
@@ -80,11 +85,11 @@ class _Sums:
         intermediate = self._activation(gate) * up
         w = weights[:, None]
         self.weight += float(weights.square().sum())
-        self.hidden = self.hidden + self._moment(rows.float() * w)
-        self.intermediate = self.intermediate + self._moment(intermediate.float() * w)
+        self.hidden += self._moment(rows.float() * w)
+        self.intermediate += self._moment(intermediate.float() * w)
         slope = _slope(self._activation, gate.float())
-        self.gate_rows = self.gate_rows + (slope * up.float() * w).square().sum(dim=0)
-        self.up_rows = self.up_rows + (self._activation(gate).float() * w).square().sum(dim=0)
+        self.gate_rows += (slope * up.float() * w).square().sum(dim=0)
+        self.up_rows += (self._activation(gate).float() * w).square().sum(dim=0)
 
     def _moment(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.T @ inputs if self._full else inputs.square().sum(dim=0)

@@ -32,6 +32,8 @@ def quantization() -> PuzzleMoEQuantizationConfig:
         provenance=Provenance(
             rule="paper",
             tau=0.4,
+            align=False,
+            pairing="random",
             compression=50.0,
             seed=0,
             calibration=Calibration(source="c4.utf8", sha256="00", sequences=8, sequence_length=2048),
@@ -56,6 +58,26 @@ def test_it_survives_config_json() -> None:
     assert (written["quant_method"], written["format_version"], written["bits"]) == ("puzzlemoe", 1, 16)
 
 
+def test_a_rule_without_a_tau_says_so() -> None:
+    config = quantization().model_dump()
+    config["provenance"] |= {"rule": "compensated", "tau": None, "align": True, "pairing": "loss"}
+    provenance = PuzzleMoEQuantizationConfig.parse(json.loads(json.dumps(config))).provenance
+    assert (provenance.rule, provenance.tau, provenance.align, provenance.pairing) == (
+        "compensated",
+        None,
+        True,
+        "loss",
+    )
+
+
+@pytest.mark.parametrize("field", ["rule", "tau", "align", "pairing"])
+def test_how_it_was_made_is_told_in_full(field: str) -> None:
+    config = quantization().model_dump()
+    del config["provenance"][field]
+    with pytest.raises(FormatError, match=f"provenance.{field}: Field required"):
+        PuzzleMoEQuantizationConfig.parse(config)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -70,7 +92,9 @@ def test_it_survives_config_json() -> None:
         (["layers", 0, "experts"], [0, 4, 1, 2, 3, 5, 6, 7], "experts 0 and 4 share slot 0 but lie in different"),
         (["layers", 0, "layer"], 2, "ascending order without repetition"),
         (["layers", 0, "extra"], 1, "Extra inputs are not permitted"),
-        (["provenance", "tau"], None, "provenance.tau"),
+        (["provenance", "tau"], "0.4", "provenance.tau: Input should be a valid number"),
+        (["provenance", "align"], None, "provenance.align: Input should be a valid boolean"),
+        (["provenance", "pairing"], None, "provenance.pairing: Input should be a valid string"),
     ],
 )
 def test_what_is_wrong_is_named(path: list[Any], value: Any, message: str) -> None:

@@ -15,6 +15,7 @@ from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig, parse_packed_name
 
+FEW_SEQUENCES = ["--calibration-sequences", "4"]
 TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(400))
 
 
@@ -42,12 +43,17 @@ def expert_bytes(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
 
 
-@pytest.mark.parametrize(("compression", "share"), [(50, 0.5), (25, 0.75), (12.5, 0.875), (0, 1.0)])
+@pytest.mark.parametrize(
+    ("rule", "compression", "share"),
+    [("paper", 50, 0.5), ("compensated", 25, 0.75), ("saliency", 12.5, 0.875), ("paper", 12.5, 0.875), (None, 0, 1.0)],
+)
 def test_expert_bytes_and_untouched_tensors(
-    source: Path, tmp_path: Path, calibration: Path, compression: float, share: float
+    source: Path, tmp_path: Path, calibration: Path, rule: str | None, compression: float, share: float
 ) -> None:
     packed = tmp_path / "packed"
-    options = ["--calibration", str(calibration), "--compression", str(compression)]
+    options = ["--calibration", str(calibration), "--compression", str(compression), *FEW_SEQUENCES]
+    if rule is not None:
+        options += ["--rule", rule]
     assert main(["convert", str(source), str(packed), *options]) == 0
     before, after = read_all(source), read_all(packed)
     assert expert_bytes(after) == share * expert_bytes(before)
@@ -61,13 +67,15 @@ def test_expert_bytes_and_untouched_tensors(
 
 def test_config_provenance_tokenizer_and_card(source: Path, tmp_path: Path, calibration: Path) -> None:
     packed = tmp_path / "packed"
-    assert main(["convert", str(source), str(packed), "--calibration", str(calibration), "--seed", "7"]) == 0
+    options = ["--calibration", str(calibration), *FEW_SEQUENCES, "--rule", "paper", "--seed", "7"]
+    assert main(["convert", str(source), str(packed), *options]) == 0
     config = json.loads((packed / "config.json").read_text())
     quantization = PuzzleMoEQuantizationConfig.parse(config.pop("quantization_config"))
     assert config == json.loads((source / "config.json").read_text())
     assert quantization.intermediate_size == INTERMEDIATE_SIZE
     provenance = quantization.provenance
     assert (provenance.rule, provenance.tau, provenance.seed) == ("paper", 0.4, 7)
+    assert (provenance.align, provenance.pairing) == (False, "random")
     assert provenance.calibration is not None
     assert provenance.calibration.source == calibration.name
     assert AutoTokenizer.from_pretrained(packed).encode("pears") == AutoTokenizer.from_pretrained(source).encode(
@@ -78,10 +86,11 @@ def test_config_provenance_tokenizer_and_card(source: Path, tmp_path: Path, cali
     assert "vllm serve packed --quantization puzzlemoe" in card
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path, calibration: Path) -> None:
+@pytest.mark.parametrize("rule", ["paper", "compensated"])
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(rule: str, tmp_path: Path, calibration: Path) -> None:
     source = build_tiny("qwen3_moe", tmp_path / "source")
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        options = ["--calibration", str(calibration), "--seed", seed]
+        options = ["--calibration", str(calibration), *FEW_SEQUENCES, "--rule", rule, "--seed", seed]
         assert main(["convert", str(source), str(tmp_path / name), *options]) == 0
     files = sorted(file.name for file in (tmp_path / "a").iterdir() if file.name != "README.md")
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
@@ -90,7 +99,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path,
 
 def test_unpacking_gives_plain_experts_within_the_rule(source: Path, tmp_path: Path, calibration: Path) -> None:
     packed, plain = tmp_path / "packed", tmp_path / "plain"
-    assert main(["convert", str(source), str(packed), "--calibration", str(calibration), "--compression", "25"]) == 0
+    options = ["--calibration", str(calibration), *FEW_SEQUENCES, "--rule", "paper", "--compression", "25"]
+    assert main(["convert", str(source), str(packed), *options]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0
     before, after = read_all(source), read_all(plain)
     assert before.keys() == after.keys()
@@ -105,9 +115,11 @@ def test_unpacking_gives_plain_experts_within_the_rule(source: Path, tmp_path: P
     assert changed == sum(".experts." in name for name in before) / 2
 
 
-def test_calibration_decides_what_is_kept(source: Path, tmp_path: Path, calibration: Path) -> None:
-    assert main(["convert", str(source), str(tmp_path / "with"), "--calibration", str(calibration)]) == 0
-    assert main(["convert", str(source), str(tmp_path / "without"), "--calibration", "none"]) == 0
+@pytest.mark.parametrize("rule", [["--rule", "paper"], ["--rule", "saliency", "--no-align"]], ids=" ".join)
+def test_calibration_decides_what_is_kept(rule: list[str], source: Path, tmp_path: Path, calibration: Path) -> None:
+    with_calibration = ["--calibration", str(calibration), *FEW_SEQUENCES, *rule]
+    assert main(["convert", str(source), str(tmp_path / "with"), *with_calibration]) == 0
+    assert main(["convert", str(source), str(tmp_path / "without"), "--calibration", "none", *rule]) == 0
     with_text, without = read_all(tmp_path / "with"), read_all(tmp_path / "without")
     assert with_text.keys() == without.keys()
     assert any(not torch.equal(with_text[name], without[name]) for name in without if parse_packed_name(name))
@@ -124,11 +136,13 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "packed").iterdir()} == {0o640}
 
 
-def test_other_floating_types_become_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["paper", "compensated"])
+def test_other_floating_types_become_bfloat16(rule: str, tmp_path: Path, calibration: Path) -> None:
     source = build_tiny("mixtral", tmp_path / "source")
     tensors = {name: tensor.float() for name, tensor in read_all(source).items()}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    assert main(["convert", str(source), str(tmp_path / "packed")]) == 0
+    options = ["--rule", rule, "--calibration", str(calibration), *FEW_SEQUENCES]
+    assert main(["convert", str(source), str(tmp_path / "packed"), *options]) == 0
     assert main(["verify", str(source), str(tmp_path / "packed")]) == 0
     after = read_all(tmp_path / "packed")
     assert after["lm_head.weight"].dtype == torch.float32

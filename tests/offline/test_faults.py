@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +15,24 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
+from vllm_puzzle.format import unpack
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.5.w3.weight"
+
+# What is said before the work starts.
+ANNOUNCEMENTS = ("no calibration text was given", "rule ", "pairing ")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return build_tiny("mixtral", tmp_path / "source")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(60)))
+    return path
 
 
 def snapshot(path: Path) -> dict[str, str]:
@@ -40,7 +52,7 @@ def assert_refused(arguments: list[str], root: Path, capsys: pytest.CaptureFixtu
     # What was announced on the way comes before it.
     message = lines[-1]
     assert message.startswith("error: ")
-    assert all(line.startswith("no calibration text was given") for line in lines[:-1])
+    assert all(line.startswith(ANNOUNCEMENTS) for line in lines[:-1])
     for part in parts:
         assert part in message, message
     assert snapshot(root) == before
@@ -169,6 +181,34 @@ def test_a_faulty_source(fault: str, source: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ["--rule", "paper"],
+        ["--rule", "saliency", "--align", "--pairing", "coactivation"],
+        ["--rule", "compensated", "--pairing", "loss"],
+    ],
+)
+def test_a_faulty_expert_under_calibration(
+    options: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokens meet the fault before the merging does, and carry it through the layers after."""
+    options = [*options, "--calibration", str(text), "--calibration-sequences", "1"]
+    for value, part in ((torch.nan, "is nan"), (1e30, "65280")):
+        edit_tensors(source, lambda tensors, value=value: tensors[EXPERT][3].__setitem__(7, value))
+        arguments = ["convert", str(source), str(tmp_path / "packed"), *options]
+        assert_refused(arguments, tmp_path, capsys, f"{EXPERT}[3, 7]", part)
+
+
+@pytest.mark.parametrize("options", [["--rule", "saliency", "--align"], ["--rule", "compensated", "--no-align"]])
+def test_calibration_through_a_model_that_answers_nan(
+    options: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_tensors(source, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"][0].__setitem__(0, torch.nan))
+    arguments = ["convert", str(source), str(tmp_path / "packed"), "--calibration", str(text), *options]
+    assert_refused(arguments, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--tau", "1.5"], ("--tau 1.5",)),
@@ -177,11 +217,24 @@ def test_a_faulty_source(fault: str, source: Path, tmp_path: Path, capsys: pytes
         (["--max-expert-parallel", "0"], ("--max-expert-parallel 0",)),
         (["--calibration-sequences", "0", "--calibration", "x"], ("--calibration-sequences 0",)),
         (["--calibration", "nowhere.txt"], ("nowhere.txt does not exist",)),
+        (["--rule", "compensated"], ("--rule compensated needs to see tokens", "--calibration FILE")),
+        (["--pairing", "coactivation"], ("--pairing coactivation needs to see tokens", "--calibration FILE")),
+        (["--rule", "paper", "--align"], ("--rule paper", "leave out --align")),
+        (["--device", "tpu"], ("--device tpu", "cpu or cuda")),
+        (["--device", "meta"], ("--device meta",)),
+        (["--device", "cuda"], ("--device cuda", "give cpu")),
+        (["--device", "cuda:1"], ("--device cuda:1", "give cpu")),
     ],
 )
 def test_a_wrong_option(
-    options: list[str], parts: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    parts: tuple[str, ...],
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert_refused(["convert", str(source), str(tmp_path / "packed"), *options], tmp_path, capsys, *parts)
 
 
@@ -234,28 +287,149 @@ def test_a_disk_that_fills_up_on_the_way(source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_verify_finds_what_was_changed(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    packed = tmp_path / "packed"
-    assert main(["convert", str(source), str(packed)]) == 0
-    file = packed / "model-00003-of-00004.safetensors"
-    name = "model.layers.1.self_attn.q_proj.weight"
-    original = load_file(file)
+Change = Callable[[dict[str, torch.Tensor]], None]
 
-    def spoil(change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-        tensors = {key: value.clone() for key, value in original.items()}
+RULES_THAT_VERIFY_KNOWS = [["--rule", "paper"], ["--rule", "saliency", "--no-align"]]
+RULES_WITHOUT_A_TRACE = [["--rule", "saliency", "--align"], ["--rule", "compensated"]]
+
+
+class Spoiler:
+    """Changes one shard of a packed checkpoint; every change is made to the shard as it was written."""
+
+    def __init__(self, source: Path, packed: Path, options: list[str]) -> None:
+        assert main(["convert", str(source), str(packed), *options]) == 0
+        assert main(["verify", str(source), str(packed)]) == 0
+        self.file = packed / "model-00003-of-00004.safetensors"
+        self.original = load_file(self.file)
+
+    def spoil(self, change: Change) -> None:
+        tensors = {key: value.clone() for key, value in self.original.items()}
         change(tensors)
-        save_file(tensors, file, {"format": "pt"})
+        save_file(tensors, self.file, {"format": "pt"})
 
-    word = next(key for key in original if key.endswith("weight_packed"))
+
+@pytest.mark.parametrize("rule", [*RULES_THAT_VERIFY_KNOWS, *RULES_WITHOUT_A_TRACE], ids=" ".join)
+def test_verify_finds_what_was_changed(
+    rule: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    calibration = ["--calibration", str(text), "--calibration-sequences", "2"]
+    spoiler = Spoiler(source, packed, [*rule, *calibration])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    word = next(key for key in spoiler.original if key.endswith("weight_packed"))
     # Each change is the smallest of its kind: a bit, an illegal word, a flipped sign.
-    spoil(lambda tensors: tensors[name].view(torch.int16)[2].__setitem__(3, tensors[name].view(torch.int16)[2, 3] ^ 1))
+    spoiler.spoil(
+        lambda tensors: tensors[name].view(torch.int16)[2].__setitem__(3, tensors[name].view(torch.int16)[2, 3] ^ 1)
+    )
     assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, name, "differs")
-    spoil(lambda tensors: tensors[word][0].__setitem__(0, 0x0001))
+    spoiler.spoil(lambda tensors: tensors[word][0].__setitem__(0, 0x0001))
     assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, f"{word}[0, 0]", "never written")
-    spoil(lambda tensors: tensors[word][1].__setitem__(2, tensors[word][1, 2] ^ 1))
-    assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, f"{word}[1, 2]", "cannot make")
-    spoil(lambda tensors: tensors.pop(word))
+    spoiler.spoil(lambda tensors: tensors.pop(word))
     assert main(["verify", str(source), str(packed)]) == 1
+    if rule not in RULES_THAT_VERIFY_KNOWS:
+        return
+    members = torch.stack([unpack(spoiler.original[word], member) for member in (0, 1)])
+    alone, together = (members != 0).sum(dim=0) == 1, (members != 0).all(dim=0)
+
+    def index_of(where: torch.Tensor) -> tuple[int, int]:
+        row, column = where.nonzero()[5].tolist()
+        return row, column
+
+    def flip(index: tuple[int, int], bits: int) -> None:
+        spoiler.spoil(lambda tensors: tensors[word][index[0]].__setitem__(index[1], tensors[word][index] ^ bits))
+
+    # A magnitude that is not the source's, the sign of either member, the other member holding it, and a magnitude
+    # that is neither mate's nor between them.
+    for index, bits in (
+        (index_of(alone), 1),
+        (index_of((members[0] != 0) & alone), -(1 << 15)),
+        (index_of((members[1] != 0) & alone), 1 << 14),
+        (index_of((members[0] > 0) & alone), 0b11 << 12),
+        (index_of(together), -(1 << 15)),
+        (index_of(together), 1 << 14),
+        (index_of(together), 1 << 9),
+    ):
+        flip(index, bits)
+        assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, f"{word}{list(index)}", "cannot make")
+    if rule == ["--rule", "paper"]:
+        flip(index_of(together), 1)
+        assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, "cannot make")
+
+
+@pytest.mark.parametrize("rule", RULES_WITHOUT_A_TRACE, ids=" ".join)
+def test_verify_finds_an_expert_that_answers_like_another(
+    rule: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every word is valid and no element of a merged matrix follows from the source: what is left is the function."""
+    packed = tmp_path / "packed"
+    spoiler = Spoiler(source, packed, [*rule, "--calibration", str(text), "--calibration-sequences", "2"])
+    words = sorted(key for key in spoiler.original if key.endswith("weight_packed"))
+    first, second = words[:3], words[3:6]
+
+    def exchange_pairs(tensors: dict[str, torch.Tensor]) -> None:
+        for name, other in zip(first, second, strict=True):
+            tensors[name], tensors[other] = spoiler.original[other], spoiler.original[name]
+
+    def exchange_mates(tensors: dict[str, torch.Tensor]) -> None:
+        for name in first:
+            bits = spoiler.original[name].to(torch.int32) & 0xFFFF
+            flags = ((bits & 0xA000) >> 1) | ((bits & 0x5000) << 1)
+            tensors[name] = (flags | (bits & 0x0FFF)).to(torch.int16)
+
+    def reorder_neurons_of_one_matrix(tensors: dict[str, torch.Tensor]) -> None:
+        # Of up: what gate lets through on average would hide its own order.
+        tensors[first[2]] = spoiler.original[first[2]].roll(1, 0)
+
+    for change in (exchange_pairs, exchange_mates, reorder_neurons_of_one_matrix):
+        spoiler.spoil(change)
+        assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, first[0].rsplit(".", 2)[0], "cosine")
+
+
+def test_verify_accepts_experts_that_no_token_reached(text: Path, tmp_path: Path) -> None:
+    """Their mates take from them what they can, the more the more tokens they have themselves."""
+    text.write_text(text.read_text() * 5)
+    source = build_tiny("olmoe", tmp_path / "source")
+
+    def make_idle(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(3):
+            # Of two opposite answers of the router one is above zero, so what answers zero is never among the first.
+            router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
+            router[[1, 6]] = -router[[0, 5]]
+            router[[2, 3, 4, 7]] = 0
+
+    edit_tensors(source, make_idle)
+    options = ["--calibration", str(text), "--rule", "compensated", "--no-align"]
+    assert main(["convert", str(source), str(tmp_path / "packed"), *options]) == 0
+    assert main(["verify", str(source), str(tmp_path / "packed")]) == 0
+
+
+@pytest.mark.parametrize("rule", RULES_WITHOUT_A_TRACE, ids=" ".join)
+def test_verify_accepts_an_expert_without_any_weight(rule: list[str], source: Path, text: Path, tmp_path: Path) -> None:
+    def clear(tensors: dict[str, torch.Tensor]) -> None:
+        for matrix in ("w1", "w2", "w3"):
+            tensors[EXPERT.replace("w3", matrix)].zero_()
+
+    edit_tensors(source, clear)
+    options = [*rule, "--calibration", str(text), "--calibration-sequences", "2"]
+    assert main(["convert", str(source), str(tmp_path / "packed"), *options]) == 0
+    assert main(["verify", str(source), str(tmp_path / "packed")]) == 0
+
+
+@pytest.mark.parametrize("rule", RULES_WITHOUT_A_TRACE, ids=" ".join)
+def test_verify_knows_what_an_expert_alone_holds_under_every_rule(
+    rule: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    options = [*rule, "--calibration", str(text), "--calibration-sequences", "2", "--compression", "12.5"]
+    spoiler = Spoiler(source, packed, options)
+    # Nobody is member 1 of a slot with one expert.
+    word = next(
+        key
+        for key, words in spoiler.original.items()
+        if key.endswith("w3.weight_packed") and not bool(unpack(words, 1).any())
+    )
+    spoiler.spoil(lambda tensors: tensors[word][1].__setitem__(2, tensors[word][1, 2] ^ 1))
+    assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, f"{word}[1, 2]", "cannot make")
 
 
 def test_unpack_and_verify_want_a_packed_checkpoint(
@@ -273,7 +447,13 @@ def test_the_command_line_of_a_shell(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.startswith(f"{tmp_path / 'packed'}: experts 552,960 -> 276,480 bytes")
     # Not a terminal: no progress bar, only what had to be announced.
-    assert done.stderr == "no calibration text was given: experts are weighed by the magnitude of their weights alone\n"
+    first, cost, pairing = done.stderr.splitlines()
+    assert first == "no calibration text was given: experts are weighed by the magnitude of their weights alone"
+    assert re.fullmatch(
+        r"rule saliency with aligned neurons on cpu: about \d+ seconds \([\d.]+ minutes a billion weights\), 0\.0 GB",
+        cost,
+    )
+    assert pairing == "pairing random: 12 pairs, 4 to 4 a layer"
     again = run("vllm_puzzle.convert", str(source), str(tmp_path / "packed"))
     assert again.returncode == 1
     assert again.stderr == f"error: {tmp_path / 'packed'} exists already; choose another name or remove it\n"

@@ -1,14 +1,39 @@
-"""The paper's rule, held against its definition written out element by element."""
+"""The paper's rule, held against its definition written out element by element; and what every rule has in common."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import silu
 
+from tests.offline.small import (
+    EVERY_RECIPE,
+    NUM_EXPERTS,
+    names_of,
+    recipe_name,
+    slots_of,
+    small_experts,
+    small_tokens,
+)
 from vllm_puzzle.format import FormatError, unpack
-from vllm_puzzle.offline.merging import merge_pair, paper_rule
+from vllm_puzzle.offline.compensation import compensate
+from vllm_puzzle.offline.correction import OutputCorrection
+from vllm_puzzle.offline.layer import ExpertWeights
+from vllm_puzzle.offline.layer_merging import merge_layer
+from vllm_puzzle.offline.merging import (
+    MergeStatistics,
+    compare,
+    merge_as_the_paper,
+    merge_by_compensation,
+    merge_by_saliency,
+    pack_members,
+)
+from vllm_puzzle.offline.recipe import Recipe
+from vllm_puzzle.offline.rules import cheapest
+from vllm_puzzle.offline.statistics import InputNorms, measure
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
 elements = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 0.21875, -1.0, 0.4296875, 3.0, -0.0625, 2.0**-15])
@@ -27,51 +52,156 @@ def scalar_rule(wi: float, wj: float, ni: float, nj: float, tau: float) -> tuple
     )
 
 
+def merge_by_the_paper(
+    experts: ExpertWeights, norms: Sequence[InputNorms], tau: float = 0.4
+) -> list[tuple[torch.Tensor, MergeStatistics]]:
+    """The words of gate, up and down of experts 0 and 1, and what merging changed."""
+    merged = merge_as_the_paper(experts, (0, 1), norms, tau)
+    result = []
+    for matrices, sources in ((merged.gate, experts.gate), (merged.up, experts.up), (merged.down, experts.down)):
+        words = pack_members(matrices, "a")
+        result.append((words, compare(words, sources)))
+    return result
+
+
 @given(st.lists(st.tuples(elements, elements), min_size=1, max_size=12), norms, norms, st.sampled_from([0.0, 0.3, 0.4]))
 def test_paper_rule(pairs: list[tuple[float, float]], ni: float, nj: float, tau: float) -> None:
-    weights = tuple(torch.tensor([[pair[member] for pair in pairs]]).bfloat16() for member in (0, 1))
-    channel_norms = (torch.full((len(pairs),), ni), torch.full((len(pairs),), nj))
-    words, statistics = merge_pair(weights, channel_norms, paper_rule, tau, ("a", "b"))
+    """One neuron, so that gate and up are a row and down is a column."""
+    rows = [torch.tensor([[pair[member] for pair in pairs]]).bfloat16() for member in (0, 1)]
+    experts = ExpertWeights(list(rows), [row.flip(1) for row in rows], [row.T for row in rows], silu)
+    channels = [(torch.full((len(pairs),), norm), torch.full((1,), norm)) for norm in (ni, nj)]
+    gate, up, down = merge_by_the_paper(experts, channels, tau)
     expected = [scalar_rule(wi, wj, ni, nj, tau) for wi, wj in pairs]
-    for member in (0, 1):
-        decoded = unpack(words, member)[0].tolist()
-        rounded = [torch.tensor(pair[member]).bfloat16().item() + 0.0 for pair in expected]
-        assert decoded == rounded
     kept = sum(value != 0 for pair in expected for value in pair)
-    assert (statistics.elements, statistics.kept) == (len(pairs), kept)
+    for words, statistics in ((gate[0], gate[1]), (up[0].flip(1), up[1]), (down[0].T, down[1])):
+        for member in (0, 1):
+            decoded = unpack(words, member)[0].tolist()
+            rounded = [torch.tensor(pair[member]).bfloat16().item() + 0.0 for pair in expected]
+            assert decoded == rounded
+        assert (statistics.elements, statistics.kept) == (len(pairs), kept)
 
 
 def test_each_input_channel_has_its_own_norm() -> None:
-    weights = (torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.tensor([[-4.0, -4.0], [4.0, 4.0]]))
-    words, _ = merge_pair(weights, (torch.tensor([8.0, 1.0]), torch.ones(2)), paper_rule, 0.4, ("a", "b"))
-    assert unpack(words, 0).tolist() == [[1.0, 0.0], [1.0, 0.0]]
-    assert unpack(words, 1).tolist() == [[0.0, -4.0], [0.0, 4.0]]
+    weights = [torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.tensor([[-4.0, -4.0], [4.0, 4.0]])]
+    uneven, even = torch.tensor([8.0, 1.0]), torch.ones(2)
+    first_column = ([[1.0, 0.0], [1.0, 0.0]], [[0.0, -4.0], [0.0, 4.0]])
+    no_column = ([[0.0, 0.0], [0.0, 0.0]], [[-4.0, -4.0], [4.0, 4.0]])
+    experts = ExpertWeights(list(weights), list(weights), list(weights), silu)
+    # Gate and up read the layer's input, down what is between.
+    for norms, gate_and_up, down in (
+        ([(uneven, even), (even, even)], first_column, no_column),
+        ([(even, uneven), (even, even)], no_column, first_column),
+    ):
+        expected = (gate_and_up, gate_and_up, down)
+        for (words, _), members in zip(merge_by_the_paper(experts, norms), expected, strict=True):
+            assert tuple(unpack(words, member).tolist() for member in (0, 1)) == members
 
 
 def test_at_tau_04_half_of_two_gaussian_experts_is_shared() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = tuple(torch.randn(400, 300, generator=generator) * 0.02 for _ in range(2))
-    _, statistics = merge_pair(weights, (torch.ones(300), torch.ones(300)), paper_rule, 0.4, ("a", "b"))
+    sizes = ((400, 300), (400, 300), (300, 400))
+    gate, up, down = ([torch.randn(*size, generator=generator) * 0.02 for _ in range(2)] for size in sizes)
+    experts = ExpertWeights(gate, up, down, silu)
+    statistics = merge_layer(experts, names_of(experts), slots_of([(0, 1)], 2), Recipe("paper")).statistics
+    assert statistics.elements == 3 * 400 * 300
     # The paper counts about 48 % similar elements, so about 26 % of an expert's weights lost.
     assert statistics.shared_fraction == pytest.approx(0.48, abs=0.03)
     assert statistics.kept_fraction == pytest.approx(0.74, abs=0.02)
 
 
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, routed = small_experts(), small_tokens(60)
     generator = torch.Generator().manual_seed(1)
-    weights = tuple(torch.randn(37, 11, generator=generator) for _ in range(2))
-    channel_norms = tuple(torch.rand(11, generator=generator) for _ in range(2))
-    whole = merge_pair(weights, channel_norms, paper_rule, 0.4, ("a", "b"))
-    monkeypatch.setattr("vllm_puzzle.offline.merging._ELEMENTS_PER_BLOCK", 30)
-    words, statistics = merge_pair(weights, channel_norms, paper_rule, 0.4, ("a", "b"))
-    assert torch.equal(words, whole[0])
-    assert statistics.relative_error == pytest.approx(whole[1].relative_error)
+    channels = [tuple(torch.rand(size, generator=generator) for size in experts.gate[0].shape[::-1]) for _ in range(2)]
+    statistics = [measure(experts, expert, routed, full=False) for expert in (0, 1)]
+
+    def merge() -> list[torch.Tensor]:
+        both = (merge_as_the_paper(experts, (0, 1), channels, 0.4), merge_by_saliency(experts, (0, 1), statistics))
+        return [matrix for merged in both for member in (0, 1) for matrix in merged.matrices(member)]
+
+    whole = merge()
+    # Neither number of rows is a multiple of the rows that fit.
+    monkeypatch.setattr("vllm_puzzle.offline.merging._ELEMENTS_PER_BLOCK", 75)
+    assert all(torch.equal(part, of_all) for part, of_all in zip(merge(), whole, strict=True))
 
 
+def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
+    experts, routed = small_experts(), small_tokens(60)
+    pair = (4, 1)
+    statistics = [measure(experts, expert, routed, full=False) for expert in pair]
+    merged = merge_by_saliency(experts, pair, statistics)
+    costs = torch.stack([member.neuron_costs() for member in statistics]).chunk(3, dim=2)
+    down = [matrix.T for matrix in merged.down], [matrix.T for matrix in experts.down]
+    for got, own, each in zip(
+        (merged.gate, merged.up, down[0]), (experts.gate, experts.up, down[1]), costs, strict=True
+    ):
+        weights = torch.stack([own[expert].float() for expert in pair])
+        torch.testing.assert_close(torch.stack(list(got)), cheapest(weights, each))
+
+
+def test_by_compensation_gate_and_up_have_their_own_rows_and_down_reads_what_is_merged() -> None:
+    experts, routed = small_experts(), small_tokens(200)
+    pair = (4, 1)
+    statistics = [measure(experts, expert, routed, full=True) for expert in pair]
+    lacking = torch.zeros_like(routed.hidden)
+    merged = merge_by_compensation(experts, pair, statistics, OutputCorrection(experts, routed, lacking))
+    hidden = torch.stack([member.hidden for member in statistics])
+    for got, own, rows in (
+        (merged.gate, experts.gate, [member.gate_rows for member in statistics]),
+        (merged.up, experts.up, [member.up_rows for member in statistics]),
+    ):
+        alone = compensate(torch.stack([own[expert].float() for expert in pair]), hidden, torch.stack(rows))
+        # Products of another shape may round to the neighbour.
+        torch.testing.assert_close(torch.stack(list(got)), alone, rtol=2**-6, atol=0)
+    correction = OutputCorrection(experts, routed, torch.zeros_like(lacking))
+    asked = [correction.ask(expert, merged, member, statistics[member]) for member, expert in enumerate(pair)]
+    targets, moments = (torch.stack(parts) for parts in zip(*asked, strict=True))
+    down = compensate(targets, moments, torch.ones(targets.shape[:2]))
+    torch.testing.assert_close(torch.stack(list(merged.down)), down)
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=recipe_name)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
-@pytest.mark.parametrize("member", [0, 1])
-def test_an_element_that_cannot_be_stored_names_its_own_tensor(value: float, member: int) -> None:
-    weights = (torch.full((4, 3), 2.0), torch.full((4, 3), 2.0))
-    weights[member][2, 1] = value
-    with pytest.raises(FormatError, match=rf"^{'ab'[member]}\[2, 1\] is"):
-        merge_pair(weights, (torch.ones(3), torch.ones(3)), paper_rule, 0.4, ("a", "b"))
+def test_an_element_that_cannot_be_stored_names_its_own_tensor(value: float, recipe: Recipe) -> None:
+    routed = small_tokens(60)
+    # Two mates, whose larger element could hide the other, and one expert alone.
+    for expert, position, name in ((1, 0, "1.gate"), (4, 1, "4.up"), (2, 2, "2.down")):
+        experts = small_experts()
+        matrix = experts.matrices(expert)[position]
+        matrix[3, 7] = value
+        with pytest.raises(FormatError, match=rf"^{name}\[3, 7\] is"):
+            merge_layer(experts, names_of(experts), slots_of([(1, 4)]), recipe, routed, torch.zeros_like(routed.hidden))
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=recipe_name)
+def test_words_hold_what_a_reader_finds_in_slot_order(recipe: Recipe) -> None:
+    experts, routed = small_experts(), small_tokens(60)
+    slots = slots_of([(4, 1), (0, 5)])
+    packed = merge_layer(experts, names_of(experts), slots, recipe, routed, torch.zeros_like(routed.hidden))
+    assert len(packed.words) == slots.num_slots
+    for slot, words in enumerate(packed.words):
+        for member, expert in enumerate(slots.members(slot)):
+            for matrix, read in zip(words, packed.experts.matrices(expert), strict=True):
+                assert torch.equal(unpack(matrix, member), read)
+    assert packed.statistics.elements == 2 * 3 * experts.gate[0].numel()
+    assert packed.experts.num_experts == NUM_EXPERTS
+
+
+@pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=recipe_name)
+def test_what_merging_changed_is_counted_on_the_weights_that_were_merged(recipe: Recipe) -> None:
+    """Aligned or not: `experts` is left in the order of neurons that was merged."""
+    experts, routed = small_experts(), small_tokens(60)
+    packed = merge_layer(
+        experts, names_of(experts), slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden)
+    )
+    pairs = [
+        (own.double(), read.double())
+        for expert in (4, 1)
+        for own, read in zip(experts.matrices(expert), packed.experts.matrices(expert), strict=True)
+    ]
+    error = sum(float((own - read).square().sum()) for own, read in pairs)
+    weight = sum(float(own.square().sum()) for own, _ in pairs)
+    assert packed.statistics.relative_error == pytest.approx(error / weight)
+    kept = sum(int((read != 0).sum()) for _, read in pairs)
+    assert packed.statistics.kept == kept
+    assert packed.statistics.kept_fraction == pytest.approx(kept / sum(read.numel() for _, read in pairs))

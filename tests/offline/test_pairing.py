@@ -1,13 +1,24 @@
-"""Random pairing: as many pairs as asked for, inside the blocks, and the same for the same seed."""
+"""Pairing: as many pairs as asked for, inside the blocks, the best ones, and the same for the same seed."""
 
+import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_puzzle.offline.errors import CheckpointError
-from vllm_puzzle.offline.pairing import count_pairs, pair_at_random
+from vllm_puzzle.offline.pairing import (
+    Mates,
+    candidates,
+    count_pairs,
+    draw_mates,
+    layer_slots,
+    match,
+    pair_at_random,
+    spend,
+)
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**32))
@@ -40,3 +51,110 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         count_pairs(8, 50, 3)
     with pytest.raises(CheckpointError, match=r"needs 30 pairs, but 4 blocks of 15 experts hold at most 28.*46\.67"):
         count_pairs(60, 50, 4)
+
+
+@given(st.integers(1, 4), st.integers(2, 7))
+def test_candidates_are_every_two_experts_of_a_block_once(blocks: int, size: int) -> None:
+    expected = {
+        (first, second)
+        for first, second in itertools.combinations(range(blocks * size), 2)
+        if first // size == second // size
+    }
+    found = candidates(blocks * size, blocks)
+    assert len(found) == len(expected)
+    assert set(found) == expected
+
+
+@given(st.integers(1, 4), st.integers(2, 7), st.integers(0, 2**32))
+def test_drawn_mates_are_as_many_candidates_as_there_can_be(blocks: int, size: int, seed: int) -> None:
+    drawn = draw_mates(blocks * size, blocks, random.Random(seed))
+    assert len(drawn) == blocks * (size // 2)
+    assert len({expert for pair in drawn for expert in pair}) == 2 * len(drawn)
+    assert {tuple(sorted(pair)) for pair in drawn} <= set(candidates(blocks * size, blocks))
+
+
+def matchings(ids: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Every way to leave at most one of `ids` without a mate."""
+    if len(ids) < 2:
+        yield []
+        return
+    for mate in ids[1:]:
+        rest = [each for each in ids[1:] if each != mate]
+        yield from ([(ids[0], mate), *others] for others in matchings(rest))
+    if len(ids) % 2:
+        yield from matchings(ids[1:])
+
+
+SIX = candidates(6, 1)
+losses = st.lists(st.floats(0, 1e3), min_size=len(SIX), max_size=len(SIX))
+shares = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=len(SIX), max_size=len(SIX))
+
+
+@settings(max_examples=50)
+@given(losses, shares, st.sampled_from([1e-9, 1.0, 1e9]))
+def test_no_other_matching_is_better(losses: list[float], shares: list[float], unit: float) -> None:
+    mates = {pair: Mates(pair, unit * loss, share) for pair, loss, share in zip(SIX, losses, shares, strict=True)}
+    every = [[mates[pair] for pair in matching] for matching in matchings(list(range(6)))]
+    assert len(every) == 15
+
+    def loss(matching: list[Mates]) -> float:
+        return sum(each.loss for each in matching)
+
+    def coactivation(matching: list[Mates]) -> float:
+        return sum(each.coactivation for each in matching)
+
+    slack = 1e-9 * unit
+    by_loss, together = match(mates.values(), "loss"), match(mates.values(), "coactivation")
+    for matching in (by_loss, together):
+        assert sorted(expert for each in matching for expert in each.experts) == list(range(6))
+    assert loss(by_loss) <= min(map(loss, every)) + slack * 1e3
+    assert coactivation(together) == max(map(coactivation, every))
+    # Among those that fire together as much, the one that loses least.
+    as_good = [loss(matching) for matching in every if coactivation(matching) == coactivation(together)]
+    assert loss(together) <= min(as_good) + 1e-6 * unit * 1e3
+
+
+@pytest.mark.parametrize("pairing", ["loss", "coactivation"])
+@pytest.mark.parametrize(("num_experts", "blocks"), [(12, 3), (10, 2), (7, 1)])
+def test_matched_mates_stay_in_their_blocks(num_experts: int, blocks: int, pairing: str) -> None:
+    generator = random.Random(5)
+    size = num_experts // blocks
+    mates = [Mates(pair, generator.random(), generator.random()) for pair in candidates(num_experts, blocks)]
+    matched = match(mates, pairing)
+    assert len(matched) == blocks * (size // 2)
+    assert len({expert for each in matched for expert in each.experts}) == 2 * len(matched)
+    assert all(each.experts[0] // size == each.experts[1] // size for each in matched)
+    assert match(reversed(mates), pairing) == matched
+
+
+def test_as_many_pairs_as_can_be_whatever_they_lose() -> None:
+    """Two cheap pairs next to each other do not leave the ends alone."""
+    mates = [Mates((0, 1), 1e6, 0.0), Mates((1, 2), 0.0, 1.0), Mates((2, 3), 1e6, 0.0)]
+    for pairing in ("loss", "coactivation"):
+        assert [each.experts for each in match(mates, pairing)] == [(0, 1), (2, 3)]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 1.0, 2.0, 7.5]), max_size=4), min_size=1, max_size=5), st.integers(0, 25)
+)
+def test_the_budget_goes_to_the_cheapest_pairs_of_all_layers(losses: list[list[float]], budget: int) -> None:
+    mates = {
+        layer: [Mates((2 * pair, 2 * pair + 1), loss, 0.5) for pair, loss in enumerate(row)]
+        for layer, row in enumerate(losses)
+    }
+    chosen = spend(budget, mates)
+    assert chosen.keys() == mates.keys()
+    taken = [each for row in chosen.values() for each in row]
+    left = [each for layer, row in mates.items() for each in row if each not in chosen[layer]]
+    assert len(taken) == min(budget, len(taken) + len(left))
+    assert max((each.loss for each in taken), default=0.0) <= min((each.loss for each in left), default=8.0)
+    # Ties too stand for the same pairs, in whatever order they are found.
+    shuffled = {layer: mates[layer][::-1] for layer in reversed(mates)}
+    again = spend(budget, shuffled)
+    assert {layer: set(row) for layer, row in again.items()} == {layer: set(row) for layer, row in chosen.items()}
+
+
+def test_slots_are_pairs_in_the_order_of_their_ids_and_then_the_others() -> None:
+    slots = layer_slots(3, 8, [(6, 2), (0, 5)])
+    assert (slots.layer, slots.pairs) == (3, 2)
+    assert slots.experts == [0, 5, 6, 2, 1, 3, 4, 7]

@@ -1,0 +1,72 @@
+"""One small MoE layer with tokens: as much of a model as most tests of merging need."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.functional import silu
+
+from vllm_puzzle.format import LayerSlots
+from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.recipe import Recipe
+
+# Odd multiples, so that a swap of two sizes cannot go unnoticed.
+HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 24, 20, 6, 2
+
+EVERY_RECIPE = [
+    Recipe("paper"),
+    Recipe("saliency"),
+    Recipe("saliency", align=True),
+    Recipe("compensated"),
+    Recipe("compensated", align=True),
+]
+
+
+def recipe_name(recipe: Recipe) -> str:
+    return recipe.rule + " aligned" * recipe.align
+
+
+def small_experts(
+    num_experts: int = NUM_EXPERTS,
+    hidden_size: int = HIDDEN_SIZE,
+    intermediate_size: int = INTERMEDIATE_SIZE,
+    activation: Callable[[torch.Tensor], torch.Tensor] = silu,
+) -> ExpertWeights:
+    """BF16 values, as a checkpoint has them."""
+    generator = torch.Generator().manual_seed(11)
+
+    def matrices(*size: int) -> list[torch.Tensor]:
+        return [(torch.randn(size, generator=generator) * 0.2).bfloat16() for _ in range(num_experts)]
+
+    shape = (intermediate_size, hidden_size)
+    return ExpertWeights(matrices(*shape), matrices(*shape), matrices(*shape[::-1]), activation)
+
+
+def small_tokens(
+    num_tokens: int,
+    idle: Sequence[int] = (),
+    num_experts: int = NUM_EXPERTS,
+    hidden_size: int = HIDDEN_SIZE,
+) -> RoutedTokens:
+    """Float32 tokens with a mean, of few directions and unequal channels; none goes to the experts in `idle`."""
+    generator = torch.Generator().manual_seed(12)
+    latent = torch.randn(num_tokens, 5, generator=generator) @ torch.randn(5, hidden_size, generator=generator)
+    noise = torch.randn(num_tokens, hidden_size, generator=generator)
+    mean = torch.randn(hidden_size, generator=generator)
+    hidden = (latent + 0.4 * noise + mean) * torch.linspace(0.2, 2, hidden_size)
+    logits = torch.randn(num_tokens, num_experts, generator=generator) + torch.linspace(0.5, -0.5, num_experts)
+    logits[:, list(idle)] = -torch.inf
+    weights, ids = logits.softmax(dim=1).topk(TOP_K)
+    return RoutedTokens(hidden, ids, weights)
+
+
+def copy_of(experts: ExpertWeights) -> ExpertWeights:
+    return ExpertWeights(list(experts.gate), list(experts.up), list(experts.down), experts.activation)
+
+
+def names_of(experts: ExpertWeights) -> list[list[str]]:
+    return [[f"{expert}.{matrix}" for matrix in ("gate", "up", "down")] for expert in range(experts.num_experts)]
+
+
+def slots_of(pairs: Sequence[tuple[int, int]], num_experts: int = NUM_EXPERTS) -> LayerSlots:
+    paired = [expert for pair in pairs for expert in pair]
+    return LayerSlots(layer=0, experts=paired + [e for e in range(num_experts) if e not in paired], pairs=len(pairs))

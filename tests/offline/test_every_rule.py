@@ -1,0 +1,74 @@
+"""Every family through convert, verify and unpack by every rule, and what the model then answers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import FAMILIES, build_tiny
+from vllm_puzzle.cli import main
+from vllm_puzzle.format import PuzzleMoEQuantizationConfig
+
+TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(30))
+RULES = {
+    "paper": ["--rule", "paper"],
+    "saliency": ["--rule", "saliency", "--no-align"],
+    "compensated": ["--rule", "compensated", "--align"],
+}
+
+
+@dataclass
+class Converted:
+    """One family's checkpoint, packed by every rule and unpacked again."""
+
+    source: Path
+    packed: dict[str, Path]
+    plain: dict[str, Path]
+
+    def log_probabilities(self, path: Path) -> torch.Tensor:
+        ids = AutoTokenizer.from_pretrained(self.source)(TEXT).input_ids
+        tokens = torch.tensor(ids[: len(ids) // 256 * 256]).reshape(-1, 256)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            return model(tokens).logits.log_softmax(dim=-1)
+
+    def divergence(self, rule: str) -> float:
+        """The mean KL divergence from the source's answers on the calibration text."""
+        source, merged = (self.log_probabilities(path) for path in (self.source, self.plain[rule]))
+        return float((source.exp() * (source - merged)).sum(dim=-1).mean())
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    root = tmp_path_factory.mktemp(request.param)
+    source = build_tiny(request.param, root / "source")
+    (root / "text").write_text(TEXT)
+    packed, plain = ({rule: root / f"{kind}-{rule}" for rule in RULES} for kind in ("packed", "plain"))
+    for rule, options in RULES.items():
+        arguments = ["convert", str(source), str(packed[rule]), "--calibration", str(root / "text"), *options]
+        assert main(arguments) == 0
+        assert main(["unpack", str(packed[rule]), str(plain[rule])]) == 0
+    return Converted(source, packed, plain)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_verify_accepts_it(rule: str, converted: Converted) -> None:
+    assert main(["verify", str(converted.source), str(converted.packed[rule])]) == 0
+
+
+def test_provenance_names_the_rule(converted: Converted) -> None:
+    for rule, tau, align in (("paper", 0.4, False), ("saliency", None, False), ("compensated", None, True)):
+        config = json.loads((converted.packed[rule] / "config.json").read_text())
+        provenance = PuzzleMoEQuantizationConfig.parse(config["quantization_config"]).provenance
+        assert (provenance.rule, provenance.tau, provenance.align) == (rule, tau, align)
+    card = (converted.packed["compensated"] / "README.md").read_text()
+    assert "| rule | `compensated`, mates' neurons aligned |" in card
+
+
+def test_better_rules_answer_more_like_the_source(converted: Converted) -> None:
+    paper, saliency, compensated = (converted.divergence(rule) for rule in RULES)
+    assert 0 < compensated < 0.25 * paper
+    assert compensated < 0.7 * saliency < 0.7 * 0.75 * paper
