@@ -385,8 +385,9 @@ def test_verify_finds_an_expert_that_answers_like_another(
         assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, first[0].rsplit(".", 2)[0], "cosine")
 
 
-def test_verify_accepts_experts_that_no_token_reached(text: Path, tmp_path: Path) -> None:
-    """Their mates take from them what they can, the more the more tokens they have themselves."""
+@pytest.mark.parametrize("uneven", [False, True])
+def test_verify_accepts_experts_that_no_token_reached(uneven: bool, text: Path, tmp_path: Path) -> None:
+    """Their mates take from them what they can, the more the more tokens they have and the fewer channels matter."""
     text.write_text(text.read_text() * 5)
     source = build_tiny("olmoe", tmp_path / "source")
 
@@ -396,6 +397,11 @@ def test_verify_accepts_experts_that_no_token_reached(text: Path, tmp_path: Path
             router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
             router[[1, 6]] = -router[[0, 5]]
             router[[2, 3, 4, 7]] = 0
+            if uneven:
+                # As in language models: most channels differ by little, a few by much.
+                norm = tensors[f"model.layers.{layer}.post_attention_layernorm.weight"]
+                norm.copy_(torch.linspace(-1.5, 1.5, len(norm)).exp())
+                norm[[3, 50]] *= 20
 
     edit_tensors(source, make_idle)
     options = ["--calibration", str(text), "--rule", "compensated", "--no-align"]

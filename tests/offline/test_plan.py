@@ -4,16 +4,27 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.offline.small import NUM_EXPERTS as NUM_SMALL_EXPERTS
+from tests.offline.small import small_experts, small_tokens
+from tests.offline.test_calibration import run_whole_model
 from tests.tiny import NUM_EXPERTS, NUM_LAYERS, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import LayerSlots, PuzzleMoEQuantizationConfig
+from vllm_puzzle.offline.calibration import read_calibration
+from vllm_puzzle.offline.checkpoint import Checkpoint
 from vllm_puzzle.offline.convert import convert
+from vllm_puzzle.offline.families import find_moe_shape
+from vllm_puzzle.offline.layer import RoutedTokens
+from vllm_puzzle.offline.layer_merging import PackedLayer, merge_layer
 from vllm_puzzle.offline.options import ConvertOptions
+from vllm_puzzle.offline.pairing import Mates, candidates
+from vllm_puzzle.offline.plan import consider
 
 BLOCK = "model.layers.{layer}.block_sparse_moe"
 SALIENCY = ["--rule", "saliency", "--no-align"]
@@ -68,12 +79,16 @@ def test_compression_is_a_budget_over_all_layers(family: str, num_layers: int, p
         assert after * NUM_EXPERTS * num_layers == before * (NUM_EXPERTS * num_layers - pairs)
 
 
-@pytest.mark.parametrize("pairing", ["random", "loss"])
-@pytest.mark.parametrize("rule", [["--rule", "paper"], SALIENCY], ids=["paper", "saliency"])
-def test_experts_that_would_lose_most_stay_alone(source: Path, tmp_path: Path, rule: list[str], pairing: str) -> None:
-    if (rule, pairing) == (["--rule", "paper"], "random"):
-        pytest.skip("as published, every layer has as many pairs")
-
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [*SALIENCY, "--pairing", "random"],
+        [*SALIENCY, "--pairing", "loss"],
+        ["--rule", "paper", "--pairing", "loss"],
+    ],
+    ids=" ".join,
+)
+def test_experts_that_would_lose_most_stay_alone(source: Path, tmp_path: Path, recipe: list[str]) -> None:
     def make_sensitive(tensors: dict[str, torch.Tensor]) -> None:
         for layer, experts in ((1, (1, 6)), (2, range(NUM_EXPERTS))):
             for expert in experts:
@@ -81,8 +96,7 @@ def test_experts_that_would_lose_most_stay_alone(source: Path, tmp_path: Path, r
 
     edit(source, make_sensitive)
     # Six pairs; the two sensitive experts of layer 1 lie in different blocks.
-    options = ["--compression", "25", "--pairing", pairing, "--max-expert-parallel", "2"]
-    layers = converted(source, tmp_path / "packed", *rule, *options)
+    layers = converted(source, tmp_path / "packed", *recipe, "--compression", "25", "--max-expert-parallel", "2")
     assert [slots.pairs for slots in layers] == [4, 2, 0]
     assert not {1, 6} & {expert for pair in pairs_of(layers[1]) for expert in pair}
 
@@ -187,6 +201,57 @@ def test_the_card_has_what_was_estimated_of_each_layer(source: Path, tmp_path: P
     assert all(float(loss) > 0 and 0 <= float(together) <= 100 for _, _, loss, together in rows)
     assert "| pairing | loss, inside 2 block(s) of 4 experts, seed 0 |" in card
     assert "| rule | `saliency` |" in card
+
+
+def test_what_is_expected_of_mates_is_what_their_tokens_say() -> None:
+    experts, routed = small_experts(), small_tokens(80, idle=[3])
+    pairs = candidates(NUM_SMALL_EXPERTS, 1)
+    considered = {each.experts: each for each in consider(experts, pairs, routed, 1.0)}
+    assert set(considered) == set(pairs)
+    chosen = [set(ids) for ids in routed.topk_ids.tolist()]
+    for first, second in pairs:
+        either = sum(bool({first, second} & ids) for ids in chosen)
+        both = sum({first, second} <= ids for ids in chosen)
+        assert considered[first, second].coactivation == pytest.approx(both / either)
+    merged = {pair: each.loss for pair, each in considered.items()}
+    # Four times the energy that norms divide by, a quarter of the loss; and twice the weights, four times.
+    assert consider(experts, pairs, routed, 4.0)[0].loss == pytest.approx(merged[pairs[0]] / 4)
+    experts.down = [matrix * 2 for matrix in experts.down]
+    assert consider(experts, pairs, routed, 1.0)[0].loss == pytest.approx(merged[pairs[0]] * 4)
+
+
+def test_without_tokens_nothing_is_known_of_who_fires_together() -> None:
+    considered = consider(small_experts(), [(0, 1), (2, 3)], None, 1.0)
+    assert [each.coactivation for each in considered] == [0.0, 0.0]
+    assert all(each.loss > 0 for each in considered)
+
+
+def test_planning_sees_the_tokens_that_merging_sees(
+    source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both run them through the source model, whatever was merged before."""
+    planned: list[tuple[RoutedTokens, float]] = []
+    merged: list[RoutedTokens] = []
+
+    def record_plan(*arguments: Any) -> list[Mates]:
+        planned.append(arguments[2:])
+        return consider(*arguments)
+
+    def record_merging(*arguments: Any) -> PackedLayer:
+        merged.append(arguments[4])
+        return merge_layer(*arguments)
+
+    monkeypatch.setattr("vllm_puzzle.offline.plan.consider", record_plan)
+    monkeypatch.setattr("vllm_puzzle.offline.merging_pass.merge_layer", record_merging)
+    converted(source, tmp_path / "packed", "--calibration", str(text), *SALIENCY)
+    checkpoint = Checkpoint(source)
+    token_ids, _ = read_calibration(text, checkpoint, checkpoint.config, 128)
+    whole = run_whole_model(source, token_ids, find_moe_shape(checkpoint.config, "m"))
+    for (routed, energy), again, leaving in zip(planned, merged, whole.leaving, strict=True):
+        assert torch.equal(routed.hidden, again.hidden)
+        assert torch.equal(routed.topk_ids, again.topk_ids)
+        # What the next norm divides by, after the layer.
+        assert energy == pytest.approx(len(leaving) / float((1 / leaving.float().square().sum(dim=1)).mean()), rel=0.1)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
