@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from tests.offline.small import (
     EVERY_RECIPE,
     NUM_EXPERTS,
+    copy_of,
     names_of,
     recipe_name,
     slots_of,
@@ -185,6 +186,30 @@ def test_words_hold_what_a_reader_finds_in_slot_order(recipe: Recipe) -> None:
                 assert torch.equal(unpack(matrix, member), read)
     assert packed.statistics.elements == 2 * 3 * experts.gate[0].numel()
     assert packed.experts.num_experts == NUM_EXPERTS
+
+
+@pytest.mark.parametrize("rule", ["saliency", "compensated"])
+def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> None:
+    experts, routed = small_experts(), small_tokens(60)
+    order = torch.randperm(len(experts.gate[0]), generator=torch.Generator().manual_seed(2))
+    experts.gate[4], experts.up[4] = experts.gate[1][order], experts.up[1][order]
+    experts.down[4] = experts.down[1][:, order]
+    hidden = routed.hidden
+    before = [experts.output(expert, hidden) for expert in (1, 4)]
+    for align in (False, True):
+        packed = merge_layer(
+            copy_of(experts),
+            names_of(experts),
+            slots_of([(1, 4)]),
+            Recipe(rule, align),
+            routed,
+            torch.zeros_like(hidden),
+        )
+        lost = [
+            float((packed.experts.output(expert, hidden) - own).norm() / own.norm())
+            for expert, own in zip((1, 4), before, strict=True)
+        ]
+        assert max(lost) < 1e-3 if align else min(lost) > 0.1
 
 
 @pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=recipe_name)
