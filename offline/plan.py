@@ -52,9 +52,8 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
                 hidden.add(routed.through(experts))
                 # The next norm divides by the stream, token by token: where it is large an error is small.
                 energy = len(routed) / float(hidden.tokens.float().square().sum(dim=1).reciprocal().mean())
-            # Drawn in any case, so that a seed stands for the same pairs whatever else is asked for.
-            drawn = draw_mates(shape.num_experts, job.max_expert_parallel, generator)
             if job.recipe.pairing == "random":
+                drawn = draw_mates(shape.num_experts, job.max_expert_parallel, generator)
                 mates[layer] = consider(experts, drawn, routed, energy)
             else:
                 possible = candidates(shape.num_experts, job.max_expert_parallel)
