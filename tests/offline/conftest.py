@@ -1,9 +1,11 @@
-"""The speed of the machine decides which rule is the default, so every test here has the same one."""
+"""A checkpoint and a text to calibrate on, and one speed of the machine: it decides which rule is the default."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.tiny import build_tiny
 from vllm_puzzle.offline.estimate import Speed
 
 
@@ -12,3 +14,15 @@ def known_speed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm_puzzle.offline.convert.measure_speed", lambda device: Speed(products=1e11, elements=1e9))
         yield
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return build_tiny("mixtral", tmp_path / "source")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(60)))
+    return path
