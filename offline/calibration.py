@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.activations import ACT2FN
 
 from vllm_puzzle.format import Calibration
 
@@ -112,7 +111,6 @@ class Calibrator:
     def __init__(self, checkpoint: Checkpoint, config: PretrainedConfig, shape: MoEShape, device: torch.device) -> None:
         self._shape = shape
         self._device = device
-        self.activation = ACT2FN[config.hidden_act]
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model.eval()
         # Rotary frequencies are computed, not loaded, so they must be built where there is memory for them.

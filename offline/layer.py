@@ -27,6 +27,10 @@ class ExpertWeights:
     def num_experts(self) -> int:
         return len(self.gate)
 
+    def copy(self) -> "ExpertWeights":
+        """New lists of the same tensors, so that replacing one there leaves it here."""
+        return ExpertWeights(list(self.gate), list(self.up), list(self.down), self.activation)
+
     def matrices(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate, up and down of one expert."""
         return self.gate[expert], self.up[expert], self.down[expert]

@@ -58,7 +58,7 @@ def merge_layer(
         assert routed is not None
         assert lacking is not None
         correction = OutputCorrection(experts, routed, lacking)
-    stored = ExpertWeights(list(experts.gate), list(experts.up), list(experts.down), experts.activation)
+    stored = experts.copy()
     words, total = [], MergeStatistics()
     for slot in range(slots.num_slots):
         members = slots.members(slot)

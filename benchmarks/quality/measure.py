@@ -41,7 +41,8 @@ def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_thr
     tables = Tables()
     model = QualityModel(folder)
     ids = model.tokenizer(read_text("wiki", cache), return_tensors="pt", verbose=False).input_ids[0]
-    scorer = Scorer(model, ids[:TEXT_TOKENS].reshape(-1, SEQUENCE_LENGTH))
+    windows = ids[:TEXT_TOKENS].reshape(-1, SEQUENCE_LENGTH)
+    scorer = Scorer(model, windows)
     prompts = ids[TEXT_TOKENS : TEXT_TOKENS + PROMPTS * PROMPT_LENGTH].reshape(PROMPTS, PROMPT_LENGTH)
     wanted = continue_greedily(model, prompts, CONTINUATION_LENGTH)
     token_ids, _ = read_calibration(calibration, model.checkpoint, model.config, CALIBRATION_SEQUENCES)
@@ -73,6 +74,6 @@ def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_thr
         add(row.method, apply_packed(model, row, calibration, CALIBRATION_SEQUENCES, SEED))
     for peer in PEERS.values():
         add(peer.name, apply_peer(model, peer, token_ids, SEED))
-    for study in study_seeds(model, scorer, token_ids):
+    for study in study_seeds(model, windows, token_ids):
         tables.add(tables.seeds, {"model": name, **study})
     return tables

@@ -13,7 +13,6 @@ from benchmarks.quality.model import QualityModel
 from benchmarks.quality.peers import LoggedTokens, Peer
 from vllm_puzzle.offline.calibration import Calibrator, HiddenStates
 from vllm_puzzle.offline.convert import convert
-from vllm_puzzle.offline.experts import layer_experts
 from vllm_puzzle.offline.job import names_by_layer
 from vllm_puzzle.offline.layer import ExpertWeights
 from vllm_puzzle.offline.options import ConvertOptions
@@ -88,8 +87,7 @@ def walk(
     it before going on.
     """
     checkpoint, shape = model.checkpoint, model.shape
-    device = torch.device("cpu")
-    calibrator = Calibrator(checkpoint, model.config, shape, device)
+    calibrator = Calibrator(checkpoint, model.config, shape, torch.device("cpu"))
     hidden = calibrator.embed(token_ids)
     names = names_by_layer(checkpoint, shape)
     for layer in range(shape.num_hidden_layers):
@@ -101,4 +99,4 @@ def walk(
         router = tensors[f"{shape.layer_prefix(layer)}{shape.family.moe_block}.gate.weight"]
         logits = (routed.hidden @ router.to(routed.hidden.dtype).T).float()
         tokens = LoggedTokens(routed.hidden, routed.topk_ids, routed.topk_weights, logits)
-        yield layer, layer_experts(shape, layer, tensors, calibrator.activation, device), tokens, hidden
+        yield layer, model.source(layer), tokens, hidden

@@ -55,17 +55,6 @@ class Scorer:
         predicted = self._windows.numel() - len(self._windows)
         return Score(math.exp(negative_log_likelihood / predicted), divergence / predicted, agreed / predicted)
 
-    @torch.inference_mode()
-    def perplexity(self) -> float:
-        """Of the experts that the model holds at this moment, alone."""
-        total = 0.0
-        for ids, hidden in zip(self._windows.split(_WINDOWS_AT_ONCE), self._hidden(), strict=True):
-            for window, rows in zip(ids, hidden, strict=True):
-                total += cross_entropy(
-                    self._model.causal.lm_head(rows[:-1]).float(), window[1:], reduction="sum"
-                ).item()
-        return math.exp(total / (self._windows.numel() - len(self._windows)))
-
 
 @torch.inference_mode()
 def continue_greedily(model: QualityModel, prompts: torch.Tensor, length: int) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.perplexity import perplexity
 from benchmarks.quality.methods import walk
 from benchmarks.quality.model import QualityModel
-from benchmarks.quality.score import Scorer
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.layer import ExpertWeights
 from vllm_puzzle.offline.merging import merge_as_the_paper, merge_by_saliency
@@ -27,10 +27,11 @@ def _by_paper(experts: ExpertWeights, pair: tuple[int, int], norms: Sequence[Any
 
 
 @torch.inference_mode()
-def study_seeds(model: QualityModel, scorer: Scorer, token_ids: torch.Tensor) -> list[dict[str, Any]]:
+def study_seeds(model: QualityModel, windows: torch.Tensor, token_ids: torch.Tensor) -> list[dict[str, Any]]:
     """Perplexity at 50 % over SEEDS random pairings, for both rules that decide every element by itself.
 
-    The tokens go through the source model once: what is known of an expert does not depend on its mate.
+    `windows` (num_windows, sequence_length) are scored. `token_ids`, the calibration text, go through the source model
+    once: what is known of an expert does not depend on its mate.
     """
     generators = [random.Random(seed) for seed in range(SEEDS)]
     merged: dict[str, list[dict[int, ExpertWeights]]] = {
@@ -52,7 +53,7 @@ def study_seeds(model: QualityModel, scorer: Scorer, token_ids: torch.Tensor) ->
         for layers in models:
             for layer, experts in layers.items():
                 model.set_layer(layer, experts)
-            perplexities.append(scorer.perplexity())
+            perplexities.append(perplexity(model.causal, windows.flatten(), windows.shape[1]))
         rows.append(
             {
                 "method": f"packed, {method}, 50 %",
@@ -68,7 +69,7 @@ def study_seeds(model: QualityModel, scorer: Scorer, token_ids: torch.Tensor) ->
 def _merge(
     experts: ExpertWeights, mates: Sequence[tuple[int, int]], merge: Merge, known: Sequence[Any]
 ) -> ExpertWeights:
-    result = ExpertWeights(list(experts.gate), list(experts.up), list(experts.down), experts.activation)
+    result = experts.copy()
     for pair in mates:
         two = merge(experts, pair, [known[expert] for expert in pair])
         for member, expert in enumerate(pair):

@@ -59,10 +59,6 @@ def small_tokens(
     return RoutedTokens(hidden, ids, weights)
 
 
-def copy_of(experts: ExpertWeights) -> ExpertWeights:
-    return ExpertWeights(list(experts.gate), list(experts.up), list(experts.down), experts.activation)
-
-
 def names_of(experts: ExpertWeights) -> list[list[str]]:
     return [[f"{expert}.{matrix}" for matrix in ("gate", "up", "down")] for expert in range(experts.num_experts)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import relu
 
-from tests.offline.small import HIDDEN_SIZE, INTERMEDIATE_SIZE, copy_of, small_experts, small_tokens
+from tests.offline.small import HIDDEN_SIZE, INTERMEDIATE_SIZE, small_experts, small_tokens
 from vllm_puzzle.offline.alignment import align, estimate_loss, neuron_magnitudes
 from vllm_puzzle.offline.layer import ExpertWeights
 from vllm_puzzle.offline.merging import align_mates
@@ -106,7 +106,7 @@ def test_aligning_changes_no_expert() -> None:
     experts = ExpertWeights(*([integers(*s) for _ in range(3)] for s in (shape, shape, shape[::-1])), activation=relu)
     hidden = integers(50, HIDDEN_SIZE)
     before = [experts.output(expert, hidden) for expert in range(3)]
-    unaligned = copy_of(experts)
+    unaligned = experts.copy()
     align_mates(experts, (2, 0), [uniform(experts, 2), uniform(experts, 0)])
     for expert in range(3):
         assert torch.equal(experts.output(expert, hidden), before[expert])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2FN
 
 import vllm_puzzle.offline.merging_pass
 from tests.tiny import FAMILIES, build_tiny
@@ -96,7 +97,7 @@ def test_norms_are_those_of_the_whole_model(family: str, overrides: dict[str, An
         routed = calibrator.run(hidden)
         assert (routed is None) == (layer not in shape.moe_layers)
         if routed is not None:
-            experts = layer_experts(shape, layer, tensors, calibrator.activation, torch.device("cpu"))
+            experts = layer_experts(shape, layer, tensors, ACT2FN[config.hidden_act], torch.device("cpu"))
             sums = []
             for expert in range(shape.num_experts):
                 tokens, weights = routed.of(expert)

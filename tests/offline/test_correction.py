@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.offline.small import HIDDEN_SIZE, copy_of, names_of, slots_of, small_experts, small_tokens
+from tests.offline.small import HIDDEN_SIZE, names_of, slots_of, small_experts, small_tokens
 from vllm_puzzle.offline.correction import OutputCorrection
 from vllm_puzzle.offline.layer import RoutedTokens
 from vllm_puzzle.offline.layer_merging import PackedLayer, merge_layer
@@ -66,7 +66,7 @@ def test_later_pairs_make_up_for_earlier_ones(routed: RoutedTokens) -> None:
     alternating = RoutedTokens(routed.hidden, choices, routed.topk_weights)
     after_a_pair, alone = (
         merge_layer(
-            copy_of(experts),
+            experts.copy(),
             names_of(experts),
             slots_of(pairs),
             COMPENSATED,
@@ -76,7 +76,7 @@ def test_later_pairs_make_up_for_earlier_ones(routed: RoutedTokens) -> None:
         for pairs in ([(0, 3), (4, 5)], [(4, 5)])
     )
     assert torch.equal(after_a_pair.gate[4], alone.gate[4])
-    ignorant = copy_of(after_a_pair)
+    ignorant = after_a_pair.copy()
     ignorant.down[4] = alone.down[4]
     wanted = alternating.through(experts)
     errors = [float((alternating.through(layer) - wanted)[::2].norm()) for layer in (after_a_pair, ignorant)]

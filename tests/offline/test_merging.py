@@ -12,7 +12,6 @@ from torch.nn.functional import silu
 from tests.offline.small import (
     EVERY_RECIPE,
     NUM_EXPERTS,
-    copy_of,
     names_of,
     recipe_name,
     slots_of,
@@ -198,7 +197,7 @@ def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> Non
     before = [experts.output(expert, hidden) for expert in (1, 4)]
     for align in (False, True):
         packed = merge_layer(
-            copy_of(experts),
+            experts.copy(),
             names_of(experts),
             slots_of([(1, 4)]),
             Recipe(rule, align),

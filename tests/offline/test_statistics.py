@@ -10,7 +10,6 @@ from tests.offline.small import (
     INTERMEDIATE_SIZE,
     NUM_EXPERTS,
     TOP_K,
-    copy_of,
     names_of,
     recipe_name,
     slots_of,
@@ -114,7 +113,7 @@ def test_a_small_error_in_any_matrix_costs_what_the_statistics_say() -> None:
     before = routed.through(experts)
     statistics = measure(experts, expert, routed, full=False)
     for position, matrices in enumerate((experts.gate, experts.up, experts.down)):
-        changed = copy_of(experts)
+        changed = experts.copy()
         matrix = matrices[expert].float().clone()
         (matrix.T if position == 2 else matrix)[neuron, channel] += step
         (changed.gate, changed.up, changed.down)[position][expert] = matrix
