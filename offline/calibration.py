@@ -95,6 +95,13 @@ class HiddenStates:
         """A view, (num_tokens, hidden_size)."""
         return self.states.flatten(0, 1)
 
+    def energy(self) -> float:
+        """What an error's square, summed over tokens, is held against: their number times the states' squared norm.
+
+        Of the norm the harmonic mean: the next norm divides token by token, where a state is large an error is small.
+        """
+        return len(self.tokens) / float(self.tokens.float().square().sum(dim=1).reciprocal().mean())
+
     def add(self, output: torch.Tensor) -> None:
         """Adds what the experts answer, float32 (num_tokens, hidden_size)."""
         for tokens, part in zip(self.tokens.split(TOKENS_AT_ONCE), output.split(TOKENS_AT_ONCE), strict=True):

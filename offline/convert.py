@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
 from .families import MoEShape, find_moe_shape
 from .job import Job, names_by_layer
+from .mates import Mates
 from .merging import MergeStatistics
-from .merging_pass import MergingPass
-from .model_card import ConvertResult, LayerReport, ModelCard, write_model_card
+from .merging_pass import LayerReport, MergingPass
+from .model_card import ConvertResult, ModelCard, write_model_card
 from .options import ConvertOptions, choose_recipe
-from .pairing import Mates, count_pairs, layer_slots, pair_at_random
+from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random
 from .plan import plan
 from .recipe import Recipe
 from .writer import check_destination, new_checkpoint
@@ -58,6 +60,7 @@ def convert(
     device = options.torch_device()
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
+    all_paired = pairs == most_pairs(shape.num_experts, max_expert_parallel)
     check_destination(destination, checkpoint.num_bytes)
     token_ids, calibration, calibrator = None, None, None
     if options.calibration is None:
@@ -78,29 +81,30 @@ def convert(
         calibrator,
         token_ids,
         max_expert_parallel,
-        _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, report),
+        _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, all_paired, report),
         options.seed,
     )
     sizes = {layer: sum(checkpoint.tensors[name].num_bytes for name in group) for layer, group in names.items()}
-    planned = 0 if job.recipe.as_published else sum(sizes[layer] for layer in job.decoder_layers)
+    chooses = job.recipe.chooses(all_paired)
+    planned = sum(sizes[layer] for layer in job.decoder_layers) if chooses else 0
 
     def advance(layer: int | None) -> None:
         progress(sizes[layer], checkpoint.num_bytes + planned)
 
-    if job.recipe.as_published:
-        mates: dict[int, list[Mates]] = {}
+    mates: dict[int, list[Mates]] = {}
+    if chooses:
+        budget = int(shape.num_experts * len(shape.moe_layers) * options.compression / 100 + 1e-9)
+        mates = plan(job, budget, advance)
+        report(_describe_mates(job, list(mates.values())))
+        slots = {
+            layer: layer_slots(layer, shape.num_experts, [each.experts for each in chosen])
+            for layer, chosen in mates.items()
+        }
+    else:
         generator = random.Random(options.seed)
         slots = {
             layer: pair_at_random(layer, shape.num_experts, pairs, max_expert_parallel, generator)
             for layer in shape.moe_layers
-        }
-    else:
-        budget = int(shape.num_experts * len(shape.moe_layers) * options.compression / 100 + 1e-9)
-        mates = plan(job, budget, advance)
-        report(_describe_mates(job, mates))
-        slots = {
-            layer: layer_slots(layer, shape.num_experts, [each.experts for each in chosen])
-            for layer, chosen in mates.items()
         }
     source_hash = SourceHash()
     reports: list[LayerReport] = []
@@ -112,12 +116,14 @@ def convert(
             for name, tensor in tensors.items():
                 source_hash.add(name, tensor)
             if layer is not None:
-                statistics = merging.layer(layer, tensors, slots.get(layer))
-                if statistics is not None:
-                    reports.append(LayerReport(slots[layer], statistics, mates.get(layer, [])))
+                merged = merging.layer(layer, tensors, slots.get(layer))
+                if merged is not None:
+                    reports.append(replace(merged, mates=mates[layer]) if chooses else merged)
             writer.add_shard(tensors)
             expert_bytes_after += sum(tensor.nbytes for name, tensor in tensors.items() if parse_packed_name(name))
             advance(layer)
+        if not chooses and job.recipe.rule != "paper":
+            report(_describe_mates(job, [layer_report.mates for layer_report in reports]))
         for idle in merging.idle_experts:
             report(idle)
         writer.add_index()
@@ -164,6 +170,7 @@ def _choose_recipe(
     shape: MoEShape,
     device: torch.device,
     num_tokens: int,
+    all_paired: bool,
     report: Report,
 ) -> Recipe:
     """The best recipe that the options leave open and the machine can do in reasonable time; says what it will cost."""
@@ -179,6 +186,7 @@ def _choose_recipe(
     work = Work(
         shape,
         pairs=int(shape.num_experts * len(shape.moe_layers) * options.compression / 100),
+        all_paired=all_paired,
         num_tokens=num_tokens,
         top_k=config.num_experts_per_tok,
         layer_bytes=max(sizes.values()),
@@ -190,15 +198,15 @@ def _choose_recipe(
     return recipe
 
 
-def _describe_mates(job: Job, mates: dict[int, list[Mates]]) -> str:
-    chosen = [each for layer in mates.values() for each in layer]
+def _describe_mates(job: Job, layers: Sequence[Sequence[Mates]]) -> str:
+    chosen = [each for layer in layers for each in layer]
     if not chosen:
         return "no experts are paired"
-    layers = sorted(len(layer) for layer in mates.values())
-    counts = f"pairing {job.recipe.pairing}: {len(chosen)} pairs, {layers[0]} to {layers[-1]} a layer"
+    sizes = [len(layer) for layer in layers]
+    counts = f"pairing {job.recipe.pairing}: {len(chosen)} pairs, {min(sizes)} to {max(sizes)} a layer"
     if job.calibrator is None:
         return counts
-    loss = sum(each.loss for each in chosen) / len(mates)
+    loss = sum(each.loss for each in chosen) / len(layers)
     coactivation = sum(each.coactivation for each in chosen) / len(chosen)
     return (
         f"{counts}; estimated loss {loss:.3g} of the residual stream's energy a layer, mates fire together on "

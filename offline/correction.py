@@ -30,6 +30,8 @@ class OutputCorrection:
         self._experts = experts
         self._routed = routed
         self._lacking = lacking
+        # What each expert's answers lose with its gate and up, part by part, from `ask` until `settle`.
+        self._lost: dict[int, list[torch.Tensor]] = {}
 
     def ask(
         self, expert: int, merged: ExpertWeights, member: int, statistics: ExpertStatistics
@@ -47,10 +49,12 @@ class OutputCorrection:
         down = self._experts.down[expert].float()
         moment, cross = torch.zeros_like(statistics.intermediate), torch.zeros_like(down)
         count = 0
+        self._lost[expert] = []
         for tokens, weights, rows in self._routed.parts(expert):
             before = self._experts.intermediate(expert, rows).float()
             after = merged.intermediate(member, rows).float()
             lost = (before - after).to(rows.dtype) @ down.to(rows.dtype).T
+            self._lost[expert].append(lost)
             wanted = lost * weights[:, None] + _SHARE * self._lacking[tokens]
             read = after * weights[:, None]
             moment += read.T @ read
@@ -65,7 +69,8 @@ class OutputCorrection:
         return down + torch.linalg.solve(ridge, cross.T).T, moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
-        """Takes note of what the merged expert answers instead of its own."""
-        for tokens, weights, rows in self._routed.parts(expert):
-            change = merged.output(member, rows).float() - self._experts.output(expert, rows).float()
-            self._lacking.index_add_(0, tokens, change * -weights[:, None])
+        """Takes note of what the merged expert, once asked, answers instead of its own."""
+        change = merged.down[member].float() - self._experts.down[expert].float()
+        for (tokens, weights, rows), lost in zip(self._routed.parts(expert), self._lost.pop(expert), strict=True):
+            gained = merged.intermediate(member, rows) @ change.to(rows.dtype).T
+            self._lacking.index_add_(0, tokens, (lost.float() - gained.float()) * weights[:, None])

@@ -77,12 +77,13 @@ def _rate(work: Callable[[], object], amount: float, device: torch.device) -> fl
 class Work:
     """What there is to convert.
 
-    `pairs` in all layers; `num_tokens` of calibration, 0 for none; `layer_bytes` of the largest decoder layer on disk;
-    `dense_weights` of all decoder layers without their routed experts.
+    `pairs` in all layers, `all_paired` if there can be no more; `num_tokens` of calibration, 0 for none; `layer_bytes`
+    of the largest decoder layer on disk; `dense_weights` of all decoder layers without their routed experts.
     """
 
     shape: MoEShape
     pairs: int
+    all_paired: bool
     num_tokens: int
     top_k: int
     layer_bytes: int
@@ -101,14 +102,18 @@ def estimate(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
     products = 2.0 * through
     elements = float(2 * weights)
     columns = 0
-    if not recipe.as_published:
+    if recipe.chooses(work.all_paired):
         # Planning, on statistics of every expert.
         products += through + 2 * 2 * routed * expert / 3
         drawn = 1 if recipe.pairing == "random" else shape.num_experts
         elements += drawn * weights / 2
+    share = 2 * pairs / (shape.num_experts * layers)
+    if recipe.rule != "paper":
+        # The same of the mates.
+        products += share * 2 * 2 * routed * expert / 3
+        elements += share * weights / 2
     if recipe.compensated:
-        share = 2 * pairs / (shape.num_experts * layers)
-        products += 2 * through + share * 5 * 2 * routed * expert + share * 2 * routed * (hidden**2 + 2 * inner**2)
+        products += 2 * through + share * 4 * 2 * routed * expert + share * 2 * routed * (hidden**2 + 2 * inner**2)
         # Two factorizations and an inverse a moment, then every column's error into those that follow.
         products += 2 * pairs * (2 * hidden**3 + 3 * inner**3) + 2 * pairs * (2 * inner * hidden**2 + hidden * inner**2)
         columns += pairs * (hidden + inner)
@@ -118,7 +123,8 @@ def estimate(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
     ways = 2 if recipe.compensated else 1
     held = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
     at_once = min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
-    moments = 2 * 4 * (hidden**2 + inner**2) * 4 if recipe.compensated else 0
+    # What two mates' answers lose is kept until both are merged; all tokens may have gone to them.
+    moments = 2 * 4 * (hidden**2 + inner**2) * 4 + 2 * num_tokens * hidden * 2 if recipe.compensated else 0
     pair = 2 * expert * 4 * 6
     aligned = inner**2 * 12 if recipe.align else 0
     return Estimate(seconds, 2 * work.layer_bytes + held + at_once + moments + pair + aligned, weights)

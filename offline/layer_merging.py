@@ -10,6 +10,7 @@ from vllm_puzzle.format import LayerSlots, unpack
 from .correction import OutputCorrection
 from .experts import check_storable
 from .layer import ExpertWeights, RoutedTokens
+from .mates import Mates, expect
 from .merging import (
     MergeStatistics,
     align_mates,
@@ -25,11 +26,15 @@ from .statistics import ExpertStatistics, input_norms, measure, uniform, uniform
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """`words` are each slot's gate, up and down, int16, in slot order; `experts` what a reader of them finds."""
+    """`words` are each slot's gate, up and down, int16, in slot order; `experts` what a reader of them finds.
+
+    `mates` are what the pairs were expected to lose, none with the rule `paper`, which estimates nothing.
+    """
 
     words: list[list[torch.Tensor]]
     experts: ExpertWeights
     statistics: MergeStatistics
+    mates: list[Mates]
 
 
 def merge_layer(
@@ -39,6 +44,7 @@ def merge_layer(
     recipe: Recipe,
     routed: RoutedTokens | None = None,
     lacking: torch.Tensor | None = None,
+    energy: float = 1.0,
 ) -> PackedLayer:
     """Merges and packs.
 
@@ -48,6 +54,7 @@ def merge_layer(
         routed: the calibration tokens at this layer; None weighs by magnitudes alone.
         lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for the rule `compensated`; see
             `OutputCorrection`.
+        energy: see `HiddenStates.energy`.
 
     Raises:
         FormatError: an element that no word can hold; names tensor and index.
@@ -60,12 +67,20 @@ def merge_layer(
         correction = OutputCorrection(experts, routed, lacking)
     stored = experts.copy()
     words, total = [], MergeStatistics()
+    expected: list[Mates] = []
     for slot in range(slots.num_slots):
         members = slots.members(slot)
         merged = [experts.matrices(expert) for expert in members]
         if len(members) == 2:
-            pair = _merge(experts, members, recipe, routed, correction)
-            merged = [pair.matrices(member) for member in (0, 1)]
+            first, second = members
+            pair = (first, second)
+            if recipe.rule == "paper":
+                two = _merge_as_the_paper(experts, pair, recipe.tau, routed)
+            else:
+                statistics = [_measure(experts, expert, recipe, routed) for expert in pair]
+                expected.append(expect(experts, pair, statistics, routed, energy))
+                two = _merge(experts, pair, recipe, statistics, correction)
+            merged = [two.matrices(member) for member in (0, 1)]
         packed = [
             pack_members(mates, name) for mates, name in zip(zip(*merged, strict=True), names[members[0]], strict=True)
         ]
@@ -76,26 +91,29 @@ def merge_layer(
         for member, expert in enumerate(members):
             stored.gate[expert], stored.up[expert], stored.down[expert] = (unpack(matrix, member) for matrix in packed)
         words.append([matrix.cpu() for matrix in packed])
-    return PackedLayer(words, stored, total)
+    return PackedLayer(words, stored, total, expected)
+
+
+def _merge_as_the_paper(
+    experts: ExpertWeights, pair: tuple[int, int], tau: float, routed: RoutedTokens | None
+) -> ExpertWeights:
+    norms = [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
+    return merge_as_the_paper(experts, pair, norms, tau)
+
+
+def _measure(experts: ExpertWeights, expert: int, recipe: Recipe, routed: RoutedTokens | None) -> ExpertStatistics:
+    return measure(experts, expert, routed, full=recipe.compensated) if routed else uniform(experts, expert)
 
 
 def _merge(
     experts: ExpertWeights,
-    pair: tuple[int, ...],
+    pair: tuple[int, int],
     recipe: Recipe,
-    routed: RoutedTokens | None,
+    statistics: Sequence[ExpertStatistics],
     correction: OutputCorrection | None,
 ) -> ExpertWeights:
-    first, second = pair
-    if recipe.rule == "paper":
-        norms = [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
-        return merge_as_the_paper(experts, (first, second), norms, recipe.tau)
-    statistics: Sequence[ExpertStatistics] = [
-        measure(experts, expert, routed, full=recipe.compensated) if routed else uniform(experts, expert)
-        for expert in pair
-    ]
     if recipe.align:
-        statistics = align_mates(experts, (first, second), statistics)
+        statistics = align_mates(experts, pair, statistics)
     if correction is not None:
-        return merge_by_compensation(experts, (first, second), statistics, correction)
-    return merge_by_saliency(experts, (first, second), statistics)
+        return merge_by_compensation(experts, pair, statistics, correction)
+    return merge_by_saliency(experts, pair, statistics)

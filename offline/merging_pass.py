@@ -1,6 +1,7 @@
 """Layer after layer: the calibration tokens go in, the layer is merged and packed, the tokens go on."""
 
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +12,17 @@ from .experts import layer_experts, layer_names
 from .job import Job
 from .layer import ExpertWeights, RoutedTokens
 from .layer_merging import PackedLayer, merge_layer
+from .mates import Mates
 from .merging import MergeStatistics
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What merging did to one layer; `mates` is empty where nothing was estimated."""
+
+    slots: LayerSlots
+    statistics: MergeStatistics
+    mates: list[Mates]
 
 
 class MergingPass:
@@ -34,11 +45,11 @@ class MergingPass:
     @torch.inference_mode()
     def layer(
         self, layer: int, tensors: MutableMapping[str, torch.Tensor], slots: LayerSlots | None
-    ) -> MergeStatistics | None:
+    ) -> LayerReport | None:
         """Replaces the expert matrices among a decoder layer's `tensors`, by name on disk, by packed ones.
 
         Returns:
-            What merging changed; None for a dense layer, whose `slots` are None.
+            What merging changed, and what was expected of the mates; None for a dense layer, whose `slots` are None.
 
         Raises:
             CheckpointError: a tensor does not fit the model, or an element no word.
@@ -61,7 +72,7 @@ class MergingPass:
         for slot, words in enumerate(packed.words):
             for projection, matrix in zip(self._job.shape.family.projections, words, strict=True):
                 tensors[packed_name(prefix, slots.members(slot)[0], projection)] = matrix
-        return packed.statistics
+        return LayerReport(slots, packed.statistics, packed.mates)
 
     def _run_dense(self) -> None:
         for hidden in (self._source, self._merged):
@@ -76,12 +87,13 @@ class MergingPass:
         assert routed is not None
         self._note_idle(layer, routed)
         self._source.add(routed.through(experts))
+        energy = self._source.energy()
         if self._merged is None:
-            return merge_layer(experts, names, slots, self._job.recipe, routed)
+            return merge_layer(experts, names, slots, self._job.recipe, routed, energy=energy)
         routed = self._calibrator.run(self._merged)
         assert routed is not None
         lacking = self._lacking(experts, routed)
-        packed = merge_layer(experts, names, slots, self._job.recipe, routed, lacking)
+        packed = merge_layer(experts, names, slots, self._job.recipe, routed, lacking, energy)
         self._merged.add(routed.through(packed.experts))
         return packed
 

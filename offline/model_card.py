@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from vllm_puzzle.format import LayerSlots, PuzzleMoEQuantizationConfig
+from vllm_puzzle.format import PuzzleMoEQuantizationConfig
 
-from .merging import MergeStatistics
-from .pairing import Mates
+from .merging_pass import LayerReport
 from .writer import CheckpointWriter
 
 
@@ -18,15 +17,6 @@ class ConvertResult:
     checkpoint_bytes_before: int
     checkpoint_bytes_after: int
     relative_error: float
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What merging did to one layer; `mates` is empty where nothing was estimated before."""
-
-    slots: LayerSlots
-    statistics: MergeStatistics
-    mates: list[Mates]
 
 
 @dataclass(frozen=True)

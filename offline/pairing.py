@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 import networkx
@@ -10,6 +9,7 @@ import networkx
 from vllm_puzzle.format import LayerSlots
 
 from .errors import CheckpointError
+from .mates import Mates
 
 
 def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) -> int:
@@ -27,7 +27,7 @@ def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) 
             f"2 or more; choose a divisor of {num_experts}"
         )
     pairs = int(num_experts * compression / 100 + 1e-9)
-    most = max_expert_parallel * (block // 2)
+    most = most_pairs(num_experts, max_expert_parallel)
     if pairs > most:
         raise CheckpointError(
             f"--compression {compression:g} needs {pairs} pairs, but {max_expert_parallel} blocks of {block} experts "
@@ -37,17 +37,9 @@ def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) 
     return pairs
 
 
-@dataclass(frozen=True)
-class Mates:
-    """Two experts of one layer that could share a slot, by id, and what is expected of them.
-
-    `loss` is the squared error that merging them as they are is estimated to add to the layer's output, relative to
-    the squared residual stream; `coactivation` is the share of the tokens routed to either that are routed to both.
-    """
-
-    experts: tuple[int, int]
-    loss: float
-    coactivation: float
+def most_pairs(num_experts: int, max_expert_parallel: int) -> int:
+    """How many disjoint pairs a layer can have."""
+    return max_expert_parallel * (num_experts // max_expert_parallel // 2)
 
 
 def blocks(num_experts: int, max_expert_parallel: int) -> list[range]:
@@ -113,4 +105,6 @@ def pair_at_random(
 ) -> LayerSlots:
     """Mates drawn at random inside the blocks; where not all are paired, which ones stay single is drawn as well."""
     drawn = draw_mates(num_experts, max_expert_parallel, generator)
-    return layer_slots(layer, num_experts, generator.sample(drawn, pairs))
+    if pairs < len(drawn):
+        drawn = generator.sample(drawn, pairs)
+    return layer_slots(layer, num_experts, drawn)

@@ -1,19 +1,17 @@
 """Before anything is merged: which experts become mates, and in which layers."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from vllm_puzzle.format import FormatError
 
-from .alignment import estimate_loss, neuron_magnitudes
 from .errors import CheckpointError
 from .experts import check_storable, layer_experts, layer_names
 from .job import Job
-from .layer import ExpertWeights, RoutedTokens
-from .pairing import Mates, candidates, draw_mates, match, spend
-from .statistics import measure, uniform
+from .mates import Mates, consider
+from .pairing import candidates, draw_mates, match, spend
 
 
 @torch.inference_mode()
@@ -50,8 +48,7 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
                 raise CheckpointError(str(error)) from None
             if routed is not None and hidden is not None:
                 hidden.add(routed.through(experts))
-                # The next norm divides by the stream, token by token: where it is large an error is small.
-                energy = len(routed) / float(hidden.tokens.float().square().sum(dim=1).reciprocal().mean())
+                energy = hidden.energy()
             if job.recipe.pairing == "random":
                 drawn = draw_mates(shape.num_experts, job.max_expert_parallel, generator)
                 mates[layer] = consider(experts, drawn, routed, energy)
@@ -60,23 +57,3 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
                 mates[layer] = match(consider(experts, possible, routed, energy), job.recipe.pairing)
         advance(layer)
     return spend(budget, mates)
-
-
-def consider(
-    experts: ExpertWeights, pairs: Sequence[tuple[int, int]], routed: RoutedTokens | None, energy: float
-) -> list[Mates]:
-    """What each of `pairs` is expected to lose, relative to `energy`, and how often both have the same token."""
-    ids = range(experts.num_experts)
-    statistics = [measure(experts, e, routed, full=False) if routed else uniform(experts, e) for e in ids]
-    result = []
-    for first, second in pairs:
-        magnitudes = neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)
-        loss = estimate_loss(magnitudes, (statistics[first], statistics[second]))
-        result.append(Mates((first, second), loss / energy, _coactivation(routed, first, second) if routed else 0.0))
-    return result
-
-
-def _coactivation(routed: RoutedTokens, first: int, second: int) -> float:
-    has_first, has_second = ((routed.topk_ids == expert).any(dim=1) for expert in (first, second))
-    either = int((has_first | has_second).sum())
-    return int((has_first & has_second).sum()) / either if either else 0.0

@@ -23,7 +23,10 @@ class Recipe:
     def compensated(self) -> bool:
         return self.rule == "compensated"
 
-    @property
-    def as_published(self) -> bool:
-        """Whether all of it is the paper's: then every layer has as many pairs, and nothing is estimated."""
-        return self.rule == "paper" and self.pairing == "random"
+    def chooses(self, all_paired: bool) -> bool:
+        """Whether it takes estimates to know the pairs: not where all are drawn, nor with the paper's method whole.
+
+        That one gives every layer as many pairs. `all_paired` says whether no expert stays alone that could have a
+        mate.
+        """
+        return self.pairing != "random" or not (all_paired or self.rule == "paper")

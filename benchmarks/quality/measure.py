@@ -1,15 +1,16 @@
 """Everything about one variant of the reference model."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality.methods import PACKED, Cost, apply_packed, apply_peer
+from benchmarks.quality.methods import PACKED, Cost, apply_packed, compress_by_peers
 from benchmarks.quality.model import QualityModel
-from benchmarks.quality.peers import PEERS
+from benchmarks.quality.peers import PEERS, Peer
 from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
 from benchmarks.quality.seeds import study_seeds
 from benchmarks.reference_model import Variant, read_text
@@ -72,8 +73,19 @@ def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_thr
     add("uncompressed", Cost(16.0, 0.0))
     for row in PACKED:
         add(row.method, apply_packed(model, row, calibration, CALIBRATION_SEQUENCES, SEED))
-    for peer in PEERS.values():
-        add(peer.name, apply_peer(model, peer, token_ids, SEED))
+    for peers in _together(PEERS.values()):
+        for peer, compressed in zip(peers, compress_by_peers(model, peers, token_ids, SEED), strict=True):
+            compressed.apply(model)
+            add(peer.name, compressed.cost)
     for study in study_seeds(model, windows, token_ids):
         tables.add(tables.seeds, {"model": name, **study})
     return tables
+
+
+def _together(peers: Iterable[Peer]) -> list[list[Peer]]:
+    """Peers that can share one run of the calibration text: all that see the uncompressed model."""
+    groups: dict[object, list[Peer]] = {}
+    for peer in peers:
+        key = peer.name if peer.sequential else peer.needs_calibration
+        groups.setdefault(key, []).append(peer)
+    return list(groups.values())

@@ -3,14 +3,15 @@
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.quality.model import QualityModel
-from benchmarks.quality.peers import LoggedTokens, Peer
+from benchmarks.quality.model import QualityModel, in_bfloat16
+from benchmarks.quality.peers import CompressedLayer, LoggedTokens, Peer
 from vllm_puzzle.offline.calibration import Calibrator, HiddenStates
 from vllm_puzzle.offline.convert import convert
 from vllm_puzzle.offline.job import names_by_layer
@@ -59,23 +60,52 @@ def apply_packed(model: QualityModel, row: Packed, calibration: Path, sequences:
     return Cost(16 * result.expert_bytes_after / result.expert_bytes_before, seconds)
 
 
+@dataclass
+class Compressed:
+    """What a peer makes of each layer, in bfloat16; `cost` counts the calibration that it shared with others too."""
+
+    layers: dict[int, CompressedLayer]
+    cost: Cost
+
+    def apply(self, model: QualityModel) -> None:
+        """Puts it into the model."""
+        for layer, compressed in self.layers.items():
+            model.set_layer(layer, compressed.experts, compressed.dropped)
+
+
 @torch.inference_mode()
-def apply_peer(model: QualityModel, peer: Peer, token_ids: torch.Tensor, seed: int) -> Cost:
-    """Compresses every layer with a peer; `token_ids` are those that the converter calibrates on."""
-    generator = random.Random(seed)
+def compress_by_peers(
+    model: QualityModel, peers: Sequence[Peer], token_ids: torch.Tensor, seed: int
+) -> list[Compressed]:
+    """Compresses every layer by each of `peers`, which see the same tokens: a sequential one therefore comes alone.
+
+    `token_ids` are those that the converter calibrates on. Where no peer needs them none is run.
+    """
+    generators = [random.Random(seed) for _ in peers]
+    layers: list[dict[int, CompressedLayer]] = [{} for _ in peers]
+    seconds = [0.0 for _ in peers]
     start = time.perf_counter()
-    if peer.needs_calibration:
-        for layer, experts, tokens, hidden in walk(model, token_ids):
-            result = peer.method(experts, tokens, generator)
-            model.set_layer(layer, result.experts, result.dropped)
-            hidden.add(tokens.through(result.experts if peer.sequential else experts))
-    else:
-        nothing = torch.zeros(0, model.shape.hidden_size, dtype=torch.bfloat16)
-        tokens = LoggedTokens(nothing, torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), torch.zeros(0, 1))
-        for layer in model.shape.moe_layers:
-            result = peer.method(model.source(layer), tokens, generator)
-            model.set_layer(layer, result.experts, result.dropped)
-    return Cost(peer.bits, time.perf_counter() - start)
+    calibrated = any(peer.needs_calibration for peer in peers)
+    for layer, experts, tokens, hidden in walk(model, token_ids) if calibrated else _walk_without_tokens(model):
+        for index, peer in enumerate(peers):
+            before = time.perf_counter()
+            result = peer.method(experts, tokens, generators[index])
+            layers[index][layer] = CompressedLayer(in_bfloat16(result.experts), result.dropped)
+            seconds[index] += time.perf_counter() - before
+        if hidden is not None:
+            sees = layers[0][layer].experts if peers[0].sequential else experts
+            hidden.add(tokens.through(sees))
+    shared = time.perf_counter() - start - sum(seconds)
+    return [
+        Compressed(made, Cost(peer.bits, shared + own)) for peer, made, own in zip(peers, layers, seconds, strict=True)
+    ]
+
+
+def _walk_without_tokens(model: QualityModel) -> Iterator[tuple[int, ExpertWeights, LoggedTokens, None]]:
+    nothing = torch.zeros(0, model.shape.hidden_size, dtype=torch.bfloat16)
+    tokens = LoggedTokens(nothing, torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), torch.zeros(0, 1))
+    for layer in model.shape.moe_layers:
+        yield layer, model.source(layer), tokens, None
 
 
 def walk(

@@ -17,6 +17,14 @@ from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
 from vllm_puzzle.offline.packed import PackedCheckpoint
 
 
+def in_bfloat16(experts: ExpertWeights) -> ExpertWeights:
+    """New lists; a matrix that is bfloat16 already is not copied."""
+    gate, up, down = (
+        [matrix.bfloat16() for matrix in matrices] for matrices in (experts.gate, experts.up, experts.down)
+    )
+    return ExpertWeights(gate, up, down, experts.activation)
+
+
 class _Experts(nn.Module):
     """A layer's experts: the function of the stock module, on weights that can be replaced."""
 
@@ -80,10 +88,7 @@ class QualityModel:
     def set_layer(self, layer: int, experts: ExpertWeights, dropped: Collection[int] = ()) -> None:
         """Exchanges a layer's experts, in bfloat16 from then on; the router no longer chooses `dropped`."""
         block = self.causal.model.layers[layer].mlp
-        gate, up, down = (
-            [matrix.bfloat16() for matrix in matrices] for matrices in (experts.gate, experts.up, experts.down)
-        )
-        block.experts.weights = ExpertWeights(gate, up, down, experts.activation)
+        block.experts.weights = in_bfloat16(experts)
         block.gate.dropped = sorted(dropped)
 
     def load_packed(self, path: Path) -> None:

@@ -1,10 +1,11 @@
 """How far a compressed model is from the uncompressed one, on text that calibration never saw."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div, nll_loss
 
 from benchmarks.quality.model import QualityModel
 
@@ -31,27 +32,24 @@ class Scorer:
     def __init__(self, model: QualityModel, windows: torch.Tensor) -> None:
         self._model = model
         self._windows = windows
-        self._reference = self._hidden()
+        # A float for every predicted token and entry of the vocabulary: gigabytes, for half of the time of a score.
+        self._reference = list(self._log_probabilities())
 
     @torch.inference_mode()
-    def _hidden(self) -> list[torch.Tensor]:
-        """What enters the output head, per part of the windows."""
-        body = self._model.causal.model
-        return [body(part, use_cache=False)[0] for part in self._windows.split(_WINDOWS_AT_ONCE)]
+    def _log_probabilities(self) -> Iterator[torch.Tensor]:
+        """Of every window, float32 (sequence_length - 1, vocabulary)."""
+        for part in self._windows.split(_WINDOWS_AT_ONCE):
+            for hidden in self._model.causal.model(part, use_cache=False)[0]:
+                yield self._model.causal.lm_head(hidden[:-1]).float().log_softmax(-1)
 
     @torch.inference_mode()
     def score(self) -> Score:
         """Of the experts that the model holds at this moment."""
         negative_log_likelihood = divergence = agreed = 0.0
-        parts = zip(self._windows.split(_WINDOWS_AT_ONCE), self._hidden(), self._reference, strict=True)
-        for ids, hidden, reference in parts:
-            for window, rows, wanted in zip(ids, hidden, reference, strict=True):
-                logits, wanted_logits = (self._model.causal.lm_head(h[:-1]).float() for h in (rows, wanted))
-                negative_log_likelihood += cross_entropy(logits, window[1:], reduction="sum").item()
-                divergence += kl_div(
-                    logits.log_softmax(-1), wanted_logits.log_softmax(-1), reduction="sum", log_target=True
-                ).item()
-                agreed += (logits.argmax(-1) == wanted_logits.argmax(-1)).sum().item()
+        for window, got, wanted in zip(self._windows, self._log_probabilities(), self._reference, strict=True):
+            negative_log_likelihood += nll_loss(got, window[1:], reduction="sum").item()
+            divergence += kl_div(got, wanted, reduction="sum", log_target=True).item()
+            agreed += (got.argmax(-1) == wanted.argmax(-1)).sum().item()
         predicted = self._windows.numel() - len(self._windows)
         return Score(math.exp(negative_log_likelihood / predicted), divergence / predicted, agreed / predicted)
 

@@ -54,10 +54,18 @@ def test_what_cannot_be_is_refused(options: dict[str, str], message: str) -> Non
         ConvertOptions(**options)
 
 
-def test_the_papers_rule_with_random_pairing_is_as_published() -> None:
-    assert Recipe("paper").as_published
-    assert not Recipe("paper", pairing="loss").as_published
-    assert not Recipe("saliency").as_published
+@pytest.mark.parametrize(
+    ("recipe", "all_paired", "chooses"),
+    [
+        (Recipe("saliency"), True, False),
+        (Recipe("saliency"), False, True),
+        (Recipe("saliency", pairing="loss"), True, True),
+        (Recipe("paper"), False, False),
+        (Recipe("paper", pairing="coactivation"), True, True),
+    ],
+)
+def test_only_a_choice_takes_estimates(recipe: Recipe, all_paired: bool, chooses: bool) -> None:
+    assert recipe.chooses(all_paired) == chooses
 
 
 # Two billion weights: an hour a billion is 7200 seconds.
@@ -83,7 +91,7 @@ def test_the_best_recipe_in_reasonable_time_is_taken(estimates: list[Estimate], 
 
 def test_better_recipes_are_estimated_to_cost_more() -> None:
     shape = MoEShape(FAMILIES["MixtralForCausalLM"], 64, 2048, 1024, 16, tuple(range(16)))
-    work = Work(shape, pairs=512, num_tokens=1 << 18, top_k=8, layer_bytes=10**9, dense_weights=10**9)
+    work = Work(shape, pairs=512, all_paired=True, num_tokens=1 << 18, top_k=8, layer_bytes=10**9, dense_weights=10**9)
     speed = Speed(products=1e11, elements=1e9)
     estimates = [estimate(recipe, work, speed) for recipe in [*RECIPES, Recipe("paper")]]
     assert estimates[0].seconds > estimates[1].seconds > estimates[3].seconds > estimates[4].seconds

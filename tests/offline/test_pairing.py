@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_puzzle.offline.errors import CheckpointError
+from vllm_puzzle.offline.mates import Mates
 from vllm_puzzle.offline.pairing import (
-    Mates,
     candidates,
     count_pairs,
     draw_mates,

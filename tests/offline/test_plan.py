@@ -22,9 +22,9 @@ from vllm_puzzle.offline.convert import convert
 from vllm_puzzle.offline.families import find_moe_shape
 from vllm_puzzle.offline.layer import RoutedTokens
 from vllm_puzzle.offline.layer_merging import PackedLayer, merge_layer
+from vllm_puzzle.offline.mates import Mates, consider
 from vllm_puzzle.offline.options import ConvertOptions
-from vllm_puzzle.offline.pairing import Mates, candidates
-from vllm_puzzle.offline.plan import consider
+from vllm_puzzle.offline.pairing import candidates
 
 BLOCK = "model.layers.{layer}.block_sparse_moe"
 SALIENCY = ["--rule", "saliency", "--no-align"]
@@ -109,6 +109,20 @@ def test_as_published_every_layer_has_as_many_pairs(source: Path, tmp_path: Path
     edit(source, make_sensitive)
     layers = converted(source, tmp_path / "packed", "--rule", "paper", "--compression", "25")
     assert [slots.pairs for slots in layers] == [2, 2, 2]
+
+
+def test_a_seed_draws_the_same_mates_for_every_rule(source: Path, tmp_path: Path, text: Path) -> None:
+    """So that rules can be compared; and what random mates lose is told as well."""
+    layers = [
+        converted(source, tmp_path / rule, "--calibration", str(text), "--rule", rule, "--seed", "3")
+        for rule in ("paper", "saliency", "compensated")
+    ]
+    assert layers[0] == layers[1] == layers[2]
+    for rule in ("saliency", "compensated"):
+        card = (tmp_path / rule / "README.md").read_text()
+        losses = [float(loss) for loss in re.findall(r"^\| \d+ \| 4 \| ([\d.e-]+) \| \S+% \|", card, re.MULTILINE)]
+        assert len(losses) == NUM_LAYERS
+        assert min(losses) > 0
 
 
 def test_calibration_finds_mates_that_no_token_would_miss(source: Path, tmp_path: Path, text: Path) -> None:
@@ -237,13 +251,13 @@ def test_planning_sees_the_tokens_that_merging_sees(
         planned.append(arguments[2:])
         return consider(*arguments)
 
-    def record_merging(*arguments: Any) -> PackedLayer:
+    def record_merging(*arguments: Any, **named: Any) -> PackedLayer:
         merged.append(arguments[4])
-        return merge_layer(*arguments)
+        return merge_layer(*arguments, **named)
 
     monkeypatch.setattr("vllm_puzzle.offline.plan.consider", record_plan)
     monkeypatch.setattr("vllm_puzzle.offline.merging_pass.merge_layer", record_merging)
-    converted(source, tmp_path / "packed", "--calibration", str(text), *SALIENCY)
+    converted(source, tmp_path / "packed", "--calibration", str(text), *SALIENCY, "--pairing", "loss")
     checkpoint = Checkpoint(source)
     token_ids, _ = read_calibration(text, checkpoint, checkpoint.config, 128)
     whole = run_whole_model(source, token_ids, find_moe_shape(checkpoint.config, "m"))

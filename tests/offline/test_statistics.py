@@ -18,8 +18,8 @@ from tests.offline.small import (
 )
 from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
 from vllm_puzzle.offline.layer_merging import merge_layer
+from vllm_puzzle.offline.mates import consider
 from vllm_puzzle.offline.pairing import candidates, match
-from vllm_puzzle.offline.plan import consider
 from vllm_puzzle.offline.recipe import Recipe
 from vllm_puzzle.offline.statistics import input_norms, measure
 
