@@ -62,7 +62,7 @@ def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_thr
                 "seconds": cost.seconds,
             },
         )
-        agreed = tokens_until_divergence(continue_greedily(model, prompts, CONTINUATION_LENGTH), wanted)
+        agreed = tokens_until_divergence(model, prompts, wanted)
         mean = sum(agreed) / len(agreed)
         tables.add(
             tables.generation,

@@ -69,6 +69,15 @@ def continue_greedily(model: QualityModel, prompts: torch.Tensor, length: int) -
     return continuation
 
 
-def tokens_until_divergence(continuation: torch.Tensor, reference: torch.Tensor) -> list[int]:
-    """How many tokens of each row agree before the first that differs."""
-    return [int(row.cumprod(0).sum()) for row in (continuation == reference).int()]
+@torch.inference_mode()
+def tokens_until_divergence(model: QualityModel, prompts: torch.Tensor, wanted: torch.Tensor) -> list[int]:
+    """How many tokens of each row the model would continue with as `wanted`, before its first other choice.
+
+    Until then its greedy continuation is `wanted` itself, so one pass over that gives every choice that counts.
+
+    Args:
+        wanted: the uncompressed model's greedy continuation of `prompts`, as `continue_greedily` gives it.
+    """
+    hidden = model.causal.model(torch.cat([prompts, wanted[:, :-1]], dim=1), use_cache=False)[0]
+    chosen = model.causal.lm_head(hidden[:, prompts.shape[1] - 1 :]).argmax(-1)
+    return [int(row.cumprod(0).sum()) for row in (chosen == wanted).int()]
