@@ -54,22 +54,19 @@ class Scorer:
         return Score(math.exp(negative_log_likelihood / predicted), divergence / predicted, agreed / predicted)
 
 
-@torch.inference_mode()
 def continue_greedily(model: QualityModel, prompts: torch.Tensor, length: int) -> torch.Tensor:
-    """The `length` tokens, int64 (num_prompts, length), that follow prompts (num_prompts, prompt_length)."""
-    tokens = model.causal.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=length,
-        min_new_tokens=length,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    continuation: torch.Tensor = tokens[:, prompts.shape[1] :]
-    return continuation
+    """The tokens that follow `prompts` (num_prompts, prompt_length) greedily: int64 (num_prompts, length).
+
+    Every pass is of all positions at once, as in `tokens_until_divergence`: the same weights then make the same choices
+    to the bit, which they do not token by token, where products are summed in another order.
+    """
+    tokens = torch.zeros(len(prompts), length, dtype=prompts.dtype)
+    # Each pass settles one more position: what is chosen there depends on the positions before alone.
+    for _ in range(length):
+        tokens = _choices(model, prompts, tokens)
+    return tokens
 
 
-@torch.inference_mode()
 def tokens_until_divergence(model: QualityModel, prompts: torch.Tensor, wanted: torch.Tensor) -> list[int]:
     """How many tokens of each row the model would continue with as `wanted`, before its first other choice.
 
@@ -78,6 +75,12 @@ def tokens_until_divergence(model: QualityModel, prompts: torch.Tensor, wanted: 
     Args:
         wanted: the uncompressed model's greedy continuation of `prompts`, as `continue_greedily` gives it.
     """
-    hidden = model.causal.model(torch.cat([prompts, wanted[:, :-1]], dim=1), use_cache=False)[0]
-    chosen = model.causal.lm_head(hidden[:, prompts.shape[1] - 1 :]).argmax(-1)
-    return [int(row.cumprod(0).sum()) for row in (chosen == wanted).int()]
+    return [int(row.cumprod(0).sum()) for row in (_choices(model, prompts, wanted) == wanted).int()]
+
+
+@torch.inference_mode()
+def _choices(model: QualityModel, prompts: torch.Tensor, continuation: torch.Tensor) -> torch.Tensor:
+    """The likeliest token at every position of `continuation`, given those before it."""
+    hidden = model.causal.model(torch.cat([prompts, continuation[:, :-1]], dim=1), use_cache=False)[0]
+    chosen: torch.Tensor = model.causal.lm_head(hidden[:, prompts.shape[1] - 1 :]).argmax(-1)
+    return chosen

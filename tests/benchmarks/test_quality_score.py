@@ -58,16 +58,19 @@ def test_a_score_is_of_the_model_as_it_is_now(model: QualityModel, windows: torc
 def test_divergence_is_where_the_greedy_continuation_leaves(model: QualityModel, windows: torch.Tensor) -> None:
     prompts = windows[:, :10]
     wanted = continue_greedily(model, prompts, LENGTH)
-    assert wanted.shape == (20, LENGTH)
-    assert sum(tokens_until_divergence(model, prompts, wanted)) >= 0.9 * wanted.numel()
+    assert tokens_until_divergence(model, prompts, wanted) == [LENGTH] * len(prompts)
+    with torch.inference_mode():
+        token_by_token = model.causal.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+    # On a tie of two logits in bfloat16 the two ways may choose differently.
+    assert float((token_by_token[:, 10:] == wanted[:, :4]).float().mean()) > 0.7
     disturb(model, 0.2)
     left = continue_greedily(model, prompts, LENGTH) != wanted
     found = tokens_until_divergence(model, prompts, wanted)
     model.reset()
-    first = [row.index(True) if any(row) else LENGTH for row in left.tolist()]
-    assert 0 < sum(first) < 0.9 * wanted.numel()
-    # On a tie of two logits in bfloat16 the two ways may choose differently.
-    assert sum(a == b for a, b in zip(first, found, strict=True)) >= 17
+    assert found == [row.index(True) if any(row) else LENGTH for row in left.tolist()]
+    assert 0 < sum(found) < 0.9 * wanted.numel()
 
 
 def test_peers_that_share_the_calibration_see_what_each_sees_alone(model: QualityModel, windows: torch.Tensor) -> None:
