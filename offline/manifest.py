@@ -1,0 +1,63 @@
+"""What a packed checkpoint says of how it was written: a checksum per shard, and what merging did to each layer."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import CheckpointError
+
+MANIFEST_FILE = "puzzlemoe_manifest.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class ShardEntry(_Strict):
+    """One safetensors file; `num_bytes` and `sha256` are the whole file's."""
+
+    file: str
+    num_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class LayerEntry(_Strict):
+    """One MoE layer; fractions and errors are over its merged pairs, as the model card explains them.
+
+    `estimated_loss` and `coactivation` are null where nothing was estimated.
+    """
+
+    layer: int = Field(ge=0)
+    pairs: int = Field(ge=0)
+    estimated_loss: float | None
+    coactivation: float | None
+    shared_fraction: float
+    kept_fraction: float
+    relative_error: float
+
+
+class Manifest(_Strict):
+    """The content of MANIFEST_FILE."""
+
+    manifest_version: Literal[1] = 1
+    tool_version: str
+    shards: list[ShardEntry]
+    layers: list[LayerEntry]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises CheckpointError where a packed checkpoint has none or breaks its schema."""
+    path = directory / MANIFEST_FILE
+    try:
+        return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; convert again") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            raise CheckpointError(
+                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; convert again"
+            ) from None
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
