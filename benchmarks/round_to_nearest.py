@@ -8,6 +8,7 @@ scale per 128 input channels. Neither uses calibration; GPTQ and AWQ do better t
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,8 @@ from vllm_puzzle.offline.checkpoint import Checkpoint
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.experts import check_experts, expected_experts
 from vllm_puzzle.offline.families import find_moe_shape
+from vllm_puzzle.offline.options import DEFAULT_SHARD_SIZE
+from vllm_puzzle.offline.shards import Planned, ShardWriter, plan_shards
 from vllm_puzzle.offline.writer import check_destination, new_checkpoint
 
 Format = Literal["fp8", "int4"]
@@ -50,12 +53,18 @@ def round_experts(source: Path, destination: Path, to: Format) -> None:
     check_destination(destination, checkpoint.num_bytes)
     experts = expected_experts(shape)
     rounding = round_to_fp8 if to == "fp8" else round_to_int4
-    shards = checkpoint.by_shard(sorted(checkpoint.tensors))
-    with new_checkpoint(destination, len(shards)) as writer:
-        for names in shards.values():
-            tensors = checkpoint.read(names)
-            writer.add_shard({n: rounding(tensor) if n in experts else tensor for n, tensor in tensors.items()})
-        writer.add_index()
+    names = sorted(checkpoint.tensors)
+    rounded = [
+        Planned(name, "BF16", info.shape, 2 * math.prod(info.shape)) if name in experts else Planned.copy_of(name, info)
+        for name, info in ((name, checkpoint.tensors[name]) for name in names)
+    ]
+    (shards,) = plan_shards([rounded], DEFAULT_SHARD_SIZE)
+    with new_checkpoint(destination) as writer:
+        with ShardWriter(writer.directory, shards) as file:
+            for name in names:
+                tensor = checkpoint.read([name])[name]
+                file.write(name, rounding(tensor) if name in experts else tensor)
+        writer.add_index(shards)
         writer.add_json("config.json", checkpoint.raw_config)
         for file in checkpoint.other_files():
             writer.add_copy(file)

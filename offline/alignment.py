@@ -28,7 +28,8 @@ def estimate_loss(magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Seq
     Every element counts alone: nothing makes up for an error here.
     """
     costs = [member.neuron_costs() for member in statistics]
-    return float(cheapest_loss(*magnitudes, *costs).sum(dtype=torch.float64))
+    # Row by row, so that the sum does not depend on how many threads there are.
+    return float(cheapest_loss(*magnitudes, *costs).sum(dim=1, dtype=torch.float64).sum())
 
 
 def align(magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]) -> torch.Tensor:

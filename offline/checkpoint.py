@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from .errors import CheckpointError
+from .manifest import MANIFEST_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -68,7 +69,7 @@ class Checkpoint:
         return shards
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, copied out of their shards; raises CheckpointError where one cannot be read."""
+        """The named tensors, mapped from their shards; raises CheckpointError where one cannot be read."""
         tensors = {}
         for shard, wanted in self.by_shard(names).items():
             with _open(self.path / shard) as file:
@@ -81,7 +82,7 @@ class Checkpoint:
 
     def other_files(self) -> list[Path]:
         """The files that travel along unchanged: tokenizer, generation config, chat template, licence."""
-        ours = {"config.json", INDEX_FILE, "README.md"}
+        ours = {"config.json", INDEX_FILE, MANIFEST_FILE, "README.md"}
         kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
         return sorted(
             file
@@ -132,15 +133,15 @@ class Checkpoint:
 class SourceHash:
     """A hash of tensors by name, dtype, shape and content, whatever order and shards they are read in."""
 
-    def __init__(self) -> None:
-        self._lines: list[str] = []
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         content = hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
-        self._lines.append(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {content}\n")
+        self.lines.append(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {content}\n")
 
     def hexdigest(self) -> str:
-        return hashlib.sha256("".join(sorted(self._lines)).encode()).hexdigest()
+        return hashlib.sha256("".join(sorted(self.lines)).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers.activations import ACT2FN
 
 import vllm_puzzle
 from vllm_puzzle.format import (
+    Calibration,
+    LayerSlots,
     Provenance,
     PuzzleMoEQuantizationConfig,
     default_max_expert_parallel,
@@ -25,15 +27,19 @@ from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
 from .families import MoEShape, find_moe_shape
 from .job import Job, names_by_layer
+from .journal import work_directory
+from .manifest import MANIFEST_FILE, Manifest
 from .mates import Mates
 from .merging import MergeStatistics
-from .merging_pass import LayerReport, MergingPass
 from .model_card import ConvertResult, ModelCard, write_model_card
 from .options import ConvertOptions, choose_recipe
+from .origin import origin_of
 from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random
 from .plan import plan
 from .recipe import Recipe
-from .writer import check_destination, new_checkpoint
+from .unit_runner import write_all
+from .units import LayerReport, Unit, UnitResult, mates_from_json, plan_units
+from .writer import CheckpointWriter, check_destination
 
 Report = Callable[[str], None]
 """Takes one sentence for the user."""
@@ -43,9 +49,18 @@ Progress = Callable[[int, int], None]
 
 
 def convert(
-    source: Path, destination: Path, options: ConvertOptions, report: Report, progress: Progress
+    source: Path,
+    destination: Path,
+    options: ConvertOptions,
+    report: Report,
+    progress: Progress,
+    resume: bool = False,
 ) -> ConvertResult:
     """Writes `destination`, a packed checkpoint of `source`.
+
+    Args:
+        resume: go on with a conversion to `destination` that was broken off; what comes out is what it would have
+            been.
 
     Raises:
         CheckpointError: an option, the source or the destination is at fault; nothing was written under that name.
@@ -61,7 +76,7 @@ def convert(
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
     all_paired = pairs == most_pairs(shape.num_experts, max_expert_parallel)
-    check_destination(destination, checkpoint.num_bytes)
+    check_destination(destination, 0 if resume else checkpoint.num_bytes)
     token_ids, calibration, calibrator = None, None, None
     if options.calibration is None:
         report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
@@ -71,94 +86,146 @@ def convert(
         )
         calibrator = Calibrator(checkpoint, config, shape, device)
     names = names_by_layer(checkpoint, shape)
-    num_tokens = 0 if token_ids is None else token_ids.numel()
-    job = Job(
-        checkpoint,
-        names,
-        shape,
-        ACT2FN[config.hidden_act],
-        device,
-        calibrator,
-        token_ids,
-        max_expert_parallel,
-        _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, all_paired, report),
-        options.seed,
-    )
     sizes = {layer: sum(checkpoint.tensors[name].num_bytes for name in group) for layer, group in names.items()}
-    chooses = job.recipe.chooses(all_paired)
-    planned = sum(sizes[layer] for layer in job.decoder_layers) if chooses else 0
-
-    def advance(layer: int | None) -> None:
-        progress(sizes[layer], checkpoint.num_bytes + planned)
-
-    mates: dict[int, list[Mates]] = {}
-    if chooses:
-        budget = int(shape.num_experts * len(shape.moe_layers) * options.compression / 100 + 1e-9)
-        mates = plan(job, budget, advance)
-        report(_describe_mates(job, list(mates.values())))
-        slots = {
-            layer: layer_slots(layer, shape.num_experts, [each.experts for each in chosen])
-            for layer, chosen in mates.items()
-        }
-    else:
-        generator = random.Random(options.seed)
-        slots = {
-            layer: pair_at_random(layer, shape.num_experts, pairs, max_expert_parallel, generator)
-            for layer in shape.moe_layers
-        }
-    source_hash = SourceHash()
-    reports: list[LayerReport] = []
-    expert_bytes_after = 0
-    merging = MergingPass(job)
-    with new_checkpoint(destination, len(names)) as writer:
-        for layer, group in names.items():
-            tensors = checkpoint.read(group)
-            for name, tensor in tensors.items():
-                source_hash.add(name, tensor)
-            if layer is not None:
-                merged = merging.layer(layer, tensors, slots.get(layer))
-                if merged is not None:
-                    reports.append(replace(merged, mates=mates[layer]) if chooses else merged)
-            writer.add_shard(tensors)
-            expert_bytes_after += sum(tensor.nbytes for name, tensor in tensors.items() if parse_packed_name(name))
-            advance(layer)
-        if not chooses and job.recipe.rule != "paper":
-            report(_describe_mates(job, [layer_report.mates for layer_report in reports]))
-        for idle in merging.idle_experts:
-            report(idle)
-        writer.add_index()
-        quantization = PuzzleMoEQuantizationConfig(
-            num_experts=shape.num_experts,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            max_expert_parallel=max_expert_parallel,
-            layers=list(slots.values()),
-            provenance=Provenance(
-                rule=job.recipe.rule,
-                tau=float(job.recipe.tau) if job.recipe.rule == "paper" else None,
-                align=job.recipe.align,
-                pairing=job.recipe.pairing,
-                compression=float(options.compression),
-                seed=options.seed,
-                calibration=calibration,
-                source_sha256=source_hash.hexdigest(),
-                tool_version=vllm_puzzle.__version__,
-            ),
+    with work_directory(destination, origin_of(checkpoint, options), resume) as (writer, journal):
+        planned = journal.find("plan")
+        num_tokens = 0 if token_ids is None else token_ids.numel()
+        recipe = (
+            _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, all_paired, report)
+            if planned is None
+            else Recipe(**planned["recipe"])
         )
-        writer.add_json("config.json", {**checkpoint.raw_config, "quantization_config": quantization.model_dump()})
-        for file in checkpoint.other_files():
-            writer.add_copy(file)
-        total = MergeStatistics()
-        for layer_report in reports:
-            total.add(layer_report.statistics)
-        result = ConvertResult(
-            expert_bytes_before=sum(checkpoint.tensors[name].num_bytes for name in expected_experts(shape)),
-            expert_bytes_after=expert_bytes_after,
-            checkpoint_bytes_before=checkpoint.num_bytes,
-            checkpoint_bytes_after=writer.num_bytes,
-            relative_error=total.relative_error,
+        job = Job(
+            checkpoint,
+            names,
+            shape,
+            ACT2FN[config.hidden_act],
+            device,
+            calibrator,
+            token_ids,
+            max_expert_parallel,
+            recipe,
+            options.seed,
         )
-        write_model_card(writer, ModelCard(source.absolute().name, destination.name, quantization, result, reports))
+        chooses = recipe.chooses(all_paired)
+        total = checkpoint.num_bytes + (sum(sizes[layer] for layer in job.decoder_layers) if chooses else 0)
+
+        def advance(layer: int | None) -> None:
+            progress(sizes[layer], total)
+
+        if planned is None:
+            slots, mates = _choose_pairs(job, options, advance) if chooses else (_draw_pairs(job, pairs), {})
+            journal.record("plan", _plan_to_json(recipe, slots, mates))
+        else:
+            slots, mates = _plan_from_json(planned)
+            if chooses:
+                for layer in job.decoder_layers:
+                    advance(layer)
+        if chooses:
+            report(_describe_mates(job, list(mates.values())))
+        units = plan_units(job, slots, options.shard_size)
+        results: list[UnitResult] = []
+        for unit, result in write_all(job, units, journal, options.jobs, report):
+            results.append(result)
+            advance(unit.layer)
+        reports = [result.report for result in results if result.report is not None]
+        if chooses:
+            reports = [replace(each, mates=mates[each.slots.layer]) for each in reports]
+        elif recipe.rule != "paper":
+            report(_describe_mates(job, [each.mates for each in reports]))
+        return _finish(job, options, calibration, units, results, reports, writer, destination.name)
+
+
+def _choose_pairs(
+    job: Job, options: ConvertOptions, advance: Callable[[int], None]
+) -> tuple[dict[int, LayerSlots], dict[int, list[Mates]]]:
+    """The pairs of least estimated loss over all layers, and what is expected of them."""
+    num_experts = job.shape.num_experts
+    budget = int(num_experts * len(job.shape.moe_layers) * options.compression / 100 + 1e-9)
+    mates = plan(job, budget, advance)
+    slots = {
+        layer: layer_slots(layer, num_experts, [each.experts for each in chosen]) for layer, chosen in mates.items()
+    }
+    return slots, mates
+
+
+def _draw_pairs(job: Job, pairs: int) -> dict[int, LayerSlots]:
+    generator = random.Random(job.seed)
+    return {
+        layer: pair_at_random(layer, job.shape.num_experts, pairs, job.max_expert_parallel, generator)
+        for layer in job.shape.moe_layers
+    }
+
+
+def _plan_to_json(
+    recipe: Recipe, slots: Mapping[int, LayerSlots], mates: Mapping[int, Sequence[Mates]]
+) -> dict[str, Any]:
+    return {
+        "recipe": asdict(recipe),
+        "slots": [each.model_dump() for each in slots.values()],
+        "mates": [[layer, [asdict(each) for each in chosen]] for layer, chosen in mates.items()],
+    }
+
+
+def _plan_from_json(content: Mapping[str, Any]) -> tuple[dict[int, LayerSlots], dict[int, list[Mates]]]:
+    slots = [LayerSlots(**each) for each in content["slots"]]
+    mates = {layer: mates_from_json(chosen) for layer, chosen in content["mates"]}
+    return {each.layer: each for each in slots}, mates
+
+
+def _finish(
+    job: Job,
+    options: ConvertOptions,
+    calibration: Calibration | None,
+    units: Sequence[Unit],
+    results: Sequence[UnitResult],
+    reports: list[LayerReport],
+    writer: CheckpointWriter,
+    name: str,
+) -> ConvertResult:
+    """Everything around the shards."""
+    checkpoint, shape, recipe = job.checkpoint, job.shape, job.recipe
+    shards = [shard for unit in units for shard in unit.shards]
+    written = [tensor for shard in shards for tensor in shard.tensors]
+    quantization = PuzzleMoEQuantizationConfig(
+        num_experts=shape.num_experts,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        max_expert_parallel=job.max_expert_parallel,
+        layers=[unit.slots for unit in units if unit.slots is not None],
+        provenance=Provenance(
+            rule=recipe.rule,
+            tau=float(recipe.tau) if recipe.rule == "paper" else None,
+            align=recipe.align,
+            pairing=recipe.pairing,
+            compression=float(options.compression),
+            seed=options.seed,
+            calibration=calibration,
+            source_sha256=SourceHash(line for result in results for line in result.source).hexdigest(),
+            tool_version=vllm_puzzle.__version__,
+        ),
+    )
+    total = MergeStatistics()
+    for report in reports:
+        total.add(report.statistics)
+    result = ConvertResult(
+        expert_bytes_before=sum(checkpoint.tensors[name].num_bytes for name in expected_experts(shape)),
+        expert_bytes_after=sum(tensor.num_bytes for tensor in written if parse_packed_name(tensor.name)),
+        checkpoint_bytes_before=checkpoint.num_bytes,
+        checkpoint_bytes_after=sum(tensor.num_bytes for tensor in written),
+        relative_error=total.relative_error,
+    )
+    writer.add_index(shards)
+    writer.add_json("config.json", {**checkpoint.raw_config, "quantization_config": quantization.model_dump()})
+    manifest = Manifest(
+        tool_version=vllm_puzzle.__version__,
+        shards=[entry for each in results for entry in each.shards],
+        layers=[report.to_manifest() for report in reports],
+    )
+    writer.add_json(MANIFEST_FILE, manifest.model_dump())
+    for file in checkpoint.other_files():
+        writer.add_copy(file)
+    write_model_card(writer, ModelCard(checkpoint.path.absolute().name, name, quantization, result, reports))
     return result
 
 

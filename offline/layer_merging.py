@@ -1,38 +1,38 @@
 """One layer: its pairs merged, its slots packed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import LayerSlots, unpack
+from vllm_puzzle.format import LayerSlots
 
 from .correction import OutputCorrection
 from .experts import check_storable
 from .layer import ExpertWeights, RoutedTokens
 from .mates import Mates, expect
 from .merging import (
+    ElementRule,
     MergeStatistics,
     align_mates,
-    compare,
-    merge_as_the_paper,
     merge_by_compensation,
-    merge_by_saliency,
     pack_members,
+    pack_pair,
 )
 from .recipe import Recipe
-from .statistics import ExpertStatistics, input_norms, measure, uniform, uniform_norms
+from .statistics import ExpertStatistics, InputNorms, input_norms, measure, uniform, uniform_norms
+
+Emit = Callable[[int, list[torch.Tensor]], None]
+"""Takes a slot and its gate, up and down as words, int16, in the order of slots."""
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """`words` are each slot's gate, up and down, int16, in slot order; `experts` what a reader of them finds.
+class MergedLayer:
+    """What merging changed, and what the pairs were expected to lose.
 
-    `mates` are what the pairs were expected to lose, none with the rule `paper`, which estimates nothing.
+    The rule `paper` estimates nothing, so `mates` is empty then.
     """
 
-    words: list[list[torch.Tensor]]
-    experts: ExpertWeights
     statistics: MergeStatistics
     mates: list[Mates]
 
@@ -42,15 +42,17 @@ def merge_layer(
     names: Sequence[Sequence[str]],
     slots: LayerSlots,
     recipe: Recipe,
+    emit: Emit,
     routed: RoutedTokens | None = None,
     lacking: torch.Tensor | None = None,
     energy: float = 1.0,
-) -> PackedLayer:
-    """Merges and packs.
+) -> MergedLayer:
+    """Merges and packs, one slot after the other.
 
     Args:
         experts: the layer's own; where mates are aligned, their neurons are put in another order here.
         names: what an error calls gate, up and down of each expert.
+        emit: told of every slot before the next is begun.
         routed: the calibration tokens at this layer; None weighs by magnitudes alone.
         lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for the rule `compensated`; see
             `OutputCorrection`.
@@ -65,55 +67,37 @@ def merge_layer(
         assert routed is not None
         assert lacking is not None
         correction = OutputCorrection(experts, routed, lacking)
-    stored = experts.copy()
-    words, total = [], MergeStatistics()
-    expected: list[Mates] = []
+    merged = MergedLayer(MergeStatistics(), [])
     for slot in range(slots.num_slots):
         members = slots.members(slot)
-        merged = [experts.matrices(expert) for expert in members]
-        if len(members) == 2:
-            first, second = members
-            pair = (first, second)
-            if recipe.rule == "paper":
-                two = _merge_as_the_paper(experts, pair, recipe.tau, routed)
+        slot_names = names[members[0]]
+        if len(members) == 1:
+            alone = zip(experts.matrices(members[0]), slot_names, strict=True)
+            emit(slot, [pack_members([matrix], name) for matrix, name in alone])
+            continue
+        first, second = members
+        pair = (first, second)
+        if recipe.rule == "paper":
+            rule = ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau)
+            words, changed = rule.pack(experts, pair, slot_names)
+        else:
+            statistics: Sequence[ExpertStatistics] = [_measure(experts, expert, recipe, routed) for expert in pair]
+            merged.mates.append(expect(experts, pair, statistics, routed, energy))
+            if recipe.align:
+                statistics = align_mates(experts, pair, statistics)
+            if correction is None:
+                words, changed = ElementRule.of_saliency(statistics).pack(experts, pair, slot_names)
             else:
-                statistics = [_measure(experts, expert, recipe, routed) for expert in pair]
-                expected.append(expect(experts, pair, statistics, routed, energy))
-                two = _merge(experts, pair, recipe, statistics, correction)
-            merged = [two.matrices(member) for member in (0, 1)]
-        packed = [
-            pack_members(mates, name) for mates, name in zip(zip(*merged, strict=True), names[members[0]], strict=True)
-        ]
-        if len(members) == 2:
-            sources = zip(*(experts.matrices(expert) for expert in members), strict=True)
-            for matrix, mates in zip(packed, sources, strict=True):
-                total.add(compare(matrix, mates))
-        for member, expert in enumerate(members):
-            stored.gate[expert], stored.up[expert], stored.down[expert] = (unpack(matrix, member) for matrix in packed)
-        words.append([matrix.cpu() for matrix in packed])
-    return PackedLayer(words, stored, total, expected)
+                two = merge_by_compensation(experts, pair, statistics, correction)
+                words, changed = pack_pair(two, experts, pair, slot_names)
+        merged.statistics.add(changed)
+        emit(slot, words)
+    return merged
 
 
-def _merge_as_the_paper(
-    experts: ExpertWeights, pair: tuple[int, int], tau: float, routed: RoutedTokens | None
-) -> ExpertWeights:
-    norms = [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
-    return merge_as_the_paper(experts, pair, norms, tau)
+def _norms(experts: ExpertWeights, pair: tuple[int, int], routed: RoutedTokens | None) -> list[InputNorms]:
+    return [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
 
 
 def _measure(experts: ExpertWeights, expert: int, recipe: Recipe, routed: RoutedTokens | None) -> ExpertStatistics:
     return measure(experts, expert, routed, full=recipe.compensated) if routed else uniform(experts, expert)
-
-
-def _merge(
-    experts: ExpertWeights,
-    pair: tuple[int, int],
-    recipe: Recipe,
-    statistics: Sequence[ExpertStatistics],
-    correction: OutputCorrection | None,
-) -> ExpertWeights:
-    if recipe.align:
-        statistics = align_mates(experts, pair, statistics)
-    if correction is not None:
-        return merge_by_compensation(experts, pair, statistics, correction)
-    return merge_by_saliency(experts, pair, statistics)

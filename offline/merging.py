@@ -1,6 +1,6 @@
 """Merging a layer's pairs, and the words that they become."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from .layer import ExpertWeights
 from .rules import cheapest, paper_rule
 from .statistics import ExpertStatistics, InputNorms
 
-# Bounds the float32 temporaries of the rules that decide each element by itself, which need about eight of this many.
-_ELEMENTS_PER_BLOCK = 1 << 22
+# At once by the rules that decide each element by itself: their temporaries, a dozen of this many, stay in the cache.
+_ELEMENTS_PER_BLOCK = 1 << 17
 
 
 @dataclass
@@ -51,34 +51,72 @@ class MergeStatistics:
         return self.squared_error / self.squared_weight if self.squared_weight else 0.0
 
 
-def merge_as_the_paper(
-    experts: ExpertWeights, pair: tuple[int, int], norms: Sequence[InputNorms], tau: float
-) -> ExpertWeights:
-    """Both members by `paper_rule`; `norms` are theirs. Returns, as all here, float32 weights of two experts."""
-    hidden, intermediate = (torch.stack(parts)[:, None] for parts in zip(*norms, strict=True))
-
-    def rule(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        return paper_rule(weights, norms, tau)
-
-    gate, up, down = _stacked(experts, pair)
-    return _pair(experts, _by_rows(rule, gate, hidden), _by_rows(rule, up, hidden), _by_rows(rule, down, intermediate))
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def merge_by_saliency(
-    experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics]
-) -> ExpertWeights:
-    """Each element by what sharing it or leaving out a member costs; see `cheapest`."""
-    gate, up, down = _stacked(experts, pair)
-    hidden, intermediate = (
-        torch.stack([getattr(member, name) for member in statistics])[:, None] for name in ("hidden", "intermediate")
-    )
-    gate_rows, up_rows = _rows(statistics)
-    return _pair(
-        experts,
-        _by_rows(cheapest, gate, gate_rows[..., None] * hidden),
-        _by_rows(cheapest, up, up_rows[..., None] * hidden),
-        _by_rows(cheapest, down, intermediate),
-    )
+@dataclass(frozen=True)
+class ElementRule:
+    """A rule that decides each element of a pair by itself.
+
+    `importance` is its second argument for gate, up and down, each as two factors, float32: one of rows (2, num_rows or
+    1, 1) and one of columns (2, 1, num_columns).
+    """
+
+    rule: Rule
+    importance: Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of_the_paper(cls, norms: Sequence[InputNorms], tau: float) -> "ElementRule":
+        """`paper_rule` with the members' norms."""
+        hidden, intermediate = (torch.stack(parts)[:, None] for parts in zip(*norms, strict=True))
+        alike = torch.ones(2, 1, 1, device=hidden.device)
+        importance = ((alike, hidden), (alike, hidden), (alike, intermediate))
+        return cls(lambda weights, norms: paper_rule(weights, norms, tau), importance)
+
+    @classmethod
+    def of_saliency(cls, statistics: Sequence[ExpertStatistics]) -> "ElementRule":
+        """What sharing an element or leaving out a member costs; see `cheapest`."""
+        hidden, intermediate = (
+            torch.stack([getattr(member, name) for member in statistics])[:, None]
+            for name in ("hidden", "intermediate")
+        )
+        gate_rows, up_rows = (rows[..., None] for rows in _rows(statistics))
+        alike = torch.ones(2, 1, 1, device=hidden.device)
+        return cls(cheapest, ((gate_rows, hidden), (up_rows, hidden), (alike, intermediate)))
+
+    def merge(self, experts: ExpertWeights, pair: tuple[int, int]) -> ExpertWeights:
+        """Both members. Returns, as all here, float32 weights of two experts."""
+        gate, up, down = (
+            torch.cat(list(self._blocks(sources, importance)), dim=1)
+            for sources, importance in zip(_sources(experts, pair), self.importance, strict=True)
+        )
+        return _pair(experts, gate, up, down)
+
+    def pack(
+        self, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]
+    ) -> tuple[list[torch.Tensor], MergeStatistics]:
+        """Their words, int16, and what merging changed, without a float32 matrix in memory; `names` are gate's on."""
+        packed, statistics = [], MergeStatistics()
+        for sources, importance, name in zip(_sources(experts, pair), self.importance, names, strict=True):
+            words = torch.empty(sources[0].shape, dtype=torch.int16, device=sources[0].device)
+            start = 0
+            for merged in self._blocks(sources, importance):
+                rows = slice(start, start + merged.shape[1])
+                words[rows] = pack_members(list(merged), name)
+                statistics.add(compare(words[rows], [source[rows] for source in sources]))
+                start = rows.stop
+            packed.append(words)
+        return packed, statistics
+
+    def _blocks(
+        self, sources: Sequence[torch.Tensor], importance: tuple[torch.Tensor, torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        num_rows, num_columns = sources[0].shape
+        step = max(1, _ELEMENTS_PER_BLOCK // num_columns)
+        by_row, by_column = importance[0].expand(2, num_rows, 1), importance[1]
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            yield self.rule(torch.stack([source[rows].float() for source in sources]), by_row[:, rows] * by_column)
 
 
 def merge_by_compensation(
@@ -92,7 +130,7 @@ def merge_by_compensation(
     Args:
         statistics: with moments between inputs.
     """
-    gate, up, down = _stacked(experts, pair)
+    gate, up, down = (torch.stack([source.float() for source in sources]) for sources in _sources(experts, pair))
     # Gate and up read the same inputs, so one pass over the columns decides both.
     both = compensate(
         torch.cat([gate, up], dim=1),
@@ -126,6 +164,19 @@ def pack_members(members: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     return pack(held.abs().amax(dim=0), [member != 0 for member in held], [torch.signbit(m) for m in held], name=name)
 
 
+def pack_pair(
+    merged: ExpertWeights, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]
+) -> tuple[list[torch.Tensor], MergeStatistics]:
+    """The words, int16, of gate, up and down of `merged`, and what merging changed in `pair` of `experts`."""
+    packed, statistics = [], MergeStatistics()
+    matrices = zip(merged.matrices(0), merged.matrices(1), strict=True)
+    for members, sources, name in zip(matrices, _sources(experts, pair), names, strict=True):
+        words = pack_members(members, name)
+        statistics.add(compare(words, sources))
+        packed.append(words)
+    return packed, statistics
+
+
 def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
     """What merging two matrices changed; `sources` are theirs, in the order of neurons that `words` have."""
     decoded = [unpack(words, member).float() for member in (0, 1)]
@@ -134,19 +185,20 @@ def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatis
         elements=words.numel(),
         shared=int((held[0] & held[1]).sum()),
         kept=int(held[0].sum() + held[1].sum()),
-        squared_error=sum(
-            float((a - b.float()).square().sum(dtype=torch.float64)) for a, b in zip(decoded, sources, strict=True)
-        ),
-        squared_weight=sum(float(source.float().square().sum(dtype=torch.float64)) for source in sources),
+        squared_error=sum(_squared(a - b.float()) for a, b in zip(decoded, sources, strict=True)),
+        squared_weight=sum(_squared(source.float()) for source in sources),
     )
 
 
-def _stacked(experts: ExpertWeights, pair: tuple[int, int]) -> list[torch.Tensor]:
-    """Gate, up and down of both, float32 (2, rows, columns) each."""
-    return [
-        torch.stack([matrices[expert].float() for expert in pair])
-        for matrices in (experts.gate, experts.up, experts.down)
-    ]
+def _squared(matrix: torch.Tensor) -> float:
+    # Row by row, so that the sum does not depend on how many threads there are.
+    return float(matrix.square().sum(dim=1, dtype=torch.float64).sum())
+
+
+def _sources(experts: ExpertWeights, pair: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Gate, up and down of both."""
+    first, second = pair
+    return zip(experts.matrices(first), experts.matrices(second), strict=True)
 
 
 def _rows(statistics: Sequence[ExpertStatistics]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,11 +210,3 @@ def _rows(statistics: Sequence[ExpertStatistics]) -> tuple[torch.Tensor, torch.T
 
 def _pair(experts: ExpertWeights, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> ExpertWeights:
     return ExpertWeights(list(gate), list(up), list(down), experts.activation)
-
-
-def _by_rows(
-    rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weights: torch.Tensor, importance: torch.Tensor
-) -> torch.Tensor:
-    step = max(1, _ELEMENTS_PER_BLOCK // weights.shape[2])
-    blocks = zip(weights.split(step, dim=1), importance.expand_as(weights).split(step, dim=1), strict=True)
-    return torch.cat([rule(*block) for block in blocks], dim=1)

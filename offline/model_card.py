@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig
 
-from .merging_pass import LayerReport
+from .units import LayerReport
 from .writer import CheckpointWriter
 
 

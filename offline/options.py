@@ -10,6 +10,8 @@ from .errors import CheckpointError
 from .estimate import Estimate
 from .recipe import PAIRINGS, RULES, Recipe
 
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
 # From the one that loses least to the one that asks for least.
 _DEFAULTS = (("compensated", True), ("compensated", False), ("saliency", True), ("saliency", False))
 
@@ -19,7 +21,8 @@ class ConvertOptions:
     """What the command line's options of the same names say.
 
     `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone;
-    `rule` and `align` None take the best that the machine can do in the time that `estimate` allows.
+    `rule` and `align` None take the best that the machine can do in the time that `estimate` allows. `shard_size` is in
+    bytes; `jobs`, the number of processes, changes nothing that is written.
     """
 
     calibration: Path | None = None
@@ -32,6 +35,8 @@ class ConvertOptions:
     max_expert_parallel: int | None = None
     seed: int = 0
     device: str = "cpu"
+    shard_size: int = DEFAULT_SHARD_SIZE
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.rule not in RULES:
@@ -49,6 +54,15 @@ class ConvertOptions:
             raise CheckpointError(f"--calibration-sequences {self.calibration_sequences} is not at least 1")
         if self.max_expert_parallel is not None and self.max_expert_parallel < 1:
             raise CheckpointError(f"--max-expert-parallel {self.max_expert_parallel} is not at least 1")
+        if self.shard_size < 1:
+            raise CheckpointError(f"--shard-size {self.shard_size} is not at least 1 byte")
+        if self.jobs < 1:
+            raise CheckpointError(f"--jobs {self.jobs} is not at least 1")
+        if self.jobs > 1 and self.rule == "compensated":
+            raise CheckpointError(
+                f"--jobs {self.jobs} with --rule compensated: there each layer makes up for those before it, so they "
+                f"are merged one after the other; leave out --jobs or choose another rule"
+            )
         if self.rule == "paper" and self.align:
             raise CheckpointError("--rule paper merges neurons as they stand; leave out --align or choose another rule")
         if self.calibration is None:
@@ -77,7 +91,7 @@ class ConvertOptions:
             Recipe(rule, align, self.pairing, self.tau)
             for rule, align in _DEFAULTS
             if self.rule in (None, rule) and self.align in (None, align)
-            if self.calibration is not None or rule != "compensated"
+            if rule != "compensated" or (self.calibration is not None and self.jobs == 1)
         ]
 
 

@@ -39,6 +39,10 @@ class PackedCheckpoint:
             raise CheckpointError(str(error)) from None
         self.layout = word_layout(self.quantization.bits)
         self.shape: MoEShape = find_moe_shape(self.checkpoint.config, str(where))
+        self._slots = {
+            self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
+            for slots in self.quantization.layers
+        }
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -59,6 +63,6 @@ class PackedCheckpoint:
         if parsed is None:
             return None
         prefix, expert, projection = parsed
-        slots = next(s for s in self.quantization.layers if self.shape.experts_prefix(s.layer) == prefix)
-        code = int(slots.slot_of_expert()[expert])
+        slots, slot_of_expert = self._slots[prefix]
+        code = int(slot_of_expert[expert])
         return [self.shape.expert_name(slots.layer, member, projection) for member in slots.members(code // 2)]

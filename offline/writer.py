@@ -5,42 +5,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .checkpoint import INDEX_FILE
 from .errors import CheckpointError
+from .shards import ShardPlan
 
 
 class CheckpointWriter:
-    """Shards, index and small files of a checkpoint under construction."""
+    """The files around the shards of a checkpoint under construction."""
 
-    def __init__(self, directory: Path, num_shards: int) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._num_shards = num_shards
-        self._weight_map: dict[str, str] = {}
-        self.num_bytes = 0
 
-    def add_shard(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Writes the next shard."""
-        number = len(set(self._weight_map.values())) + 1
-        shard = f"model-{number:05}-of-{self._num_shards:05}.safetensors"
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, self.directory / shard, {"format": "pt"}
-        )
-        self._weight_map.update(dict.fromkeys(tensors, shard))
-        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-
-    def add_index(self) -> None:
-        assert len(set(self._weight_map.values())) == self._num_shards
-        weight_map = dict(sorted(self._weight_map.items()))
-        self.add_json(INDEX_FILE, {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map})
+    def add_index(self, shards: Sequence[ShardPlan]) -> None:
+        weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        total = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
+        self.add_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
     def add_json(self, name: str, content: Mapping[str, Any]) -> None:
         self.add_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -69,7 +55,7 @@ def check_destination(destination: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def new_checkpoint(destination: Path, num_shards: int) -> Iterator[CheckpointWriter]:
+def new_checkpoint(destination: Path) -> Iterator[CheckpointWriter]:
     """A writer whose directory gets the name `destination` when the block ends well and is removed when it does not.
 
     Raises:
@@ -81,29 +67,35 @@ def new_checkpoint(destination: Path, num_shards: int) -> Iterator[CheckpointWri
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error.strerror}") from None
     try:
-        yield CheckpointWriter(temporary, num_shards)
-        # mkdtemp and safetensors make theirs private; a checkpoint is as readable as any other file of this user.
-        mask = _umask()
-        temporary.chmod(0o777 & ~mask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~mask)
-        temporary.rename(destination)
+        yield CheckpointWriter(temporary)
+        publish(temporary, destination)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{destination} could not be written ({_reason(error)}); nothing was left there"
+            f"{destination} could not be written ({write_error(error)}); nothing was left there"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, destination: Path) -> None:
+    """Gives a finished directory its final name."""
+    # mkdtemp makes its directory private; a checkpoint is as readable as any other file of this user.
+    mask = _umask()
+    temporary.chmod(0o777 & ~mask)
+    for file in temporary.iterdir():
+        file.chmod(0o666 & ~mask)
+    temporary.rename(destination)
+
+
+def write_error(error: Exception) -> str:
+    """Why a file could not be written, for a sentence."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error):
+        return "the disk is full; make room and run again"
+    return str(error)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _reason(error: Exception) -> str:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(error):
-        return "the disk is full; make room and run again"
-    return str(error)

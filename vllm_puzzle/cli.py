@@ -16,6 +16,7 @@ Command = Callable[[argparse.Namespace], None]
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     # Imported here and not above: transformers takes seconds, which `--help` of another command need not wait for.
     from vllm_puzzle.offline.calibration import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
+    from vllm_puzzle.offline.options import DEFAULT_SHARD_SIZE
     from vllm_puzzle.offline.recipe import PAIRINGS, RULES
 
     parser.description = "Packs the experts of a Mixture-of-Experts checkpoint in pairs."
@@ -74,6 +75,27 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random pairing (default: %(default)s)")
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: %(default)s)")
+    parser.add_argument(
+        "--shard-size",
+        type=_size,
+        default=DEFAULT_SHARD_SIZE,
+        metavar="SIZE",
+        help=f"of the largest file, as 500MB; no file holds two layers (default: {DEFAULT_SHARD_SIZE // 10**9}GB)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="layers at once, each in a process (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a conversion to DEST that was broken off")
+
+
+def _size(text: str) -> int:
+    """Bytes, from a number with a unit of 1000s."""
+    number = text.upper().removesuffix("B")
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:])
+    try:
+        return int(float(number[:-1]) * factor) if factor else int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 500MB") from None
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -91,9 +113,11 @@ def _convert(arguments: argparse.Namespace) -> None:
         max_expert_parallel=arguments.max_expert_parallel,
         seed=arguments.seed,
         device=arguments.device,
+        shard_size=arguments.shard_size,
+        jobs=arguments.jobs,
     )
     with _progress("converting") as progress:
-        result = convert(arguments.source, arguments.destination, options, _say, progress)
+        result = convert(arguments.source, arguments.destination, options, _say, progress, arguments.resume)
     print(
         f"{arguments.destination}: experts {result.expert_bytes_before:,} -> {result.expert_bytes_after:,} bytes, "
         f"checkpoint {result.checkpoint_bytes_before:,} -> {result.checkpoint_bytes_after:,} bytes, "
@@ -165,7 +189,7 @@ def _run(command: Command, arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; nothing was written under the final name", file=sys.stderr)
         return 130
     return 0
 

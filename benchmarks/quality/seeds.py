@@ -12,18 +12,18 @@ from benchmarks.quality.methods import walk
 from benchmarks.quality.model import QualityModel
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.merging import merge_as_the_paper, merge_by_saliency
+from vllm_puzzle.offline.merging import ElementRule
 from vllm_puzzle.offline.pairing import draw_mates
 from vllm_puzzle.offline.statistics import input_norms, measure
 
 SEEDS = 8
 TAU = 0.4
 
-Merge = Callable[[ExpertWeights, tuple[int, int], Sequence[Any]], ExpertWeights]
+Rule = Callable[[Sequence[Any]], ElementRule]
 
 
-def _by_paper(experts: ExpertWeights, pair: tuple[int, int], norms: Sequence[Any]) -> ExpertWeights:
-    return merge_as_the_paper(experts, pair, norms, TAU)
+def _by_paper(norms: Sequence[Any]) -> ElementRule:
+    return ElementRule.of_the_paper(norms, TAU)
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def study_seeds(model: QualityModel, windows: torch.Tensor, token_ids: torch.Ten
         for seed, generator in enumerate(generators):
             mates = draw_mates(experts.num_experts, default_max_expert_parallel(experts.num_experts), generator)
             merged["paper's rule"][seed][layer] = _merge(experts, mates, _by_paper, norms)
-            merged["saliency"][seed][layer] = _merge(experts, mates, merge_by_saliency, moments)
+            merged["saliency"][seed][layer] = _merge(experts, mates, ElementRule.of_saliency, moments)
     rows = []
     for method, models in merged.items():
         perplexities = []
@@ -66,12 +66,10 @@ def study_seeds(model: QualityModel, windows: torch.Tensor, token_ids: torch.Ten
     return rows
 
 
-def _merge(
-    experts: ExpertWeights, mates: Sequence[tuple[int, int]], merge: Merge, known: Sequence[Any]
-) -> ExpertWeights:
+def _merge(experts: ExpertWeights, mates: Sequence[tuple[int, int]], rule: Rule, known: Sequence[Any]) -> ExpertWeights:
     result = experts.copy()
     for pair in mates:
-        two = merge(experts, pair, [known[expert] for expert in pair])
+        two = rule([known[expert] for expert in pair]).merge(experts, pair)
         for member, expert in enumerate(pair):
             result.gate[expert], result.up[expert], result.down[expert] = (
                 matrix.bfloat16() for matrix in two.matrices(member)

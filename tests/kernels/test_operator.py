@@ -26,7 +26,7 @@ SIZES = st.one_of(st.integers(1, 100), st.integers(1, 8).map(lambda blocks: 32 *
 
 
 @pytest.mark.parametrize(("engine", "dtype"), CPU_DTYPES)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     num_tokens=st.one_of(st.integers(0, 20), st.integers(0, 150)),
     num_experts=st.one_of(st.integers(1, 12), st.integers(1, 256)),

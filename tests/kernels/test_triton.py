@@ -89,7 +89,7 @@ def test_adversarial_routing(cut: Cut) -> None:
         check(case, cut)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     num_tokens=st.integers(1, 20),
     num_experts=st.integers(1, 10),
@@ -117,7 +117,7 @@ def test_random_shapes(
     check(Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, dtype, seed), cut)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     num_tokens=st.one_of(st.integers(1, 30), st.integers(200, 500)),
     top_k=st.integers(1, 8),

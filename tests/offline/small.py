@@ -1,12 +1,15 @@
 """One small MoE layer with tokens: as much of a model as most tests of merging need."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import silu
 
-from vllm_puzzle.format import LayerSlots
+import vllm_puzzle.offline.layer_merging
+from vllm_puzzle.format import LayerSlots, unpack
 from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging import MergeStatistics
 from vllm_puzzle.offline.recipe import Recipe
 
 # Odd multiples, so that a swap of two sizes cannot go unnoticed.
@@ -57,6 +60,38 @@ def small_tokens(
     logits[:, list(idle)] = -torch.inf
     weights, ids = logits.softmax(dim=1).topk(TOP_K)
     return RoutedTokens(hidden, ids, weights)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """`words` are each slot's gate, up and down, in slot order; `experts` what a reader of them finds."""
+
+    words: list[list[torch.Tensor]]
+    experts: ExpertWeights
+    statistics: MergeStatistics
+
+
+def merge_layer(
+    experts: ExpertWeights,
+    slots: LayerSlots,
+    recipe: Recipe,
+    routed: RoutedTokens | None = None,
+    lacking: torch.Tensor | None = None,
+) -> PackedLayer:
+    """With what it emits gathered and read back."""
+    words: list[list[torch.Tensor]] = []
+    stored = experts.copy()
+
+    def emit(slot: int, matrices: list[torch.Tensor]) -> None:
+        assert slot == len(words)
+        words.append(matrices)
+        for member, expert in enumerate(slots.members(slot)):
+            stored.gate[expert], stored.up[expert], stored.down[expert] = (unpack(m, member) for m in matrices)
+
+    merged = vllm_puzzle.offline.layer_merging.merge_layer(
+        experts, names_of(experts), slots, recipe, emit, routed, lacking
+    )
+    return PackedLayer(words, stored, merged.statistics)
 
 
 def names_of(experts: ExpertWeights) -> list[list[str]]:

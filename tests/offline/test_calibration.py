@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
-import vllm_puzzle.offline.merging_pass
+import vllm_puzzle.offline.units
 from tests.tiny import FAMILIES, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.offline.calibration import Calibrator, HiddenStates, read_calibration
@@ -18,7 +18,7 @@ from vllm_puzzle.offline.checkpoint import Checkpoint
 from vllm_puzzle.offline.experts import layer_experts
 from vllm_puzzle.offline.families import MoEShape, find_moe_shape
 from vllm_puzzle.offline.layer import RoutedTokens
-from vllm_puzzle.offline.layer_merging import PackedLayer
+from vllm_puzzle.offline.layer_merging import MergedLayer
 from vllm_puzzle.offline.statistics import input_norms
 
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(1500))
@@ -135,14 +135,14 @@ def test_each_layer_makes_up_for_the_merged_layers_before_it(
     path, packed, plain = build_tiny(family, tmp_path / "m"), tmp_path / "packed", tmp_path / "plain"
     (tmp_path / "text").write_text(TEXT)
     calls: list[tuple[RoutedTokens, torch.Tensor]] = []
-    merge_layer = vllm_puzzle.offline.merging_pass.merge_layer
+    merge_layer = vllm_puzzle.offline.units.merge_layer
 
-    def record(*arguments: Any) -> PackedLayer:
+    def record(*arguments: Any) -> MergedLayer:
         result = merge_layer(*arguments)
-        calls.append(arguments[4:6])
+        calls.append(arguments[5:7])
         return result
 
-    monkeypatch.setattr("vllm_puzzle.offline.merging_pass.merge_layer", record)
+    monkeypatch.setattr("vllm_puzzle.offline.units.merge_layer", record)
     options = ["--calibration", str(tmp_path / "text"), "--calibration-sequences", "2", "--rule", "compensated"]
     assert main(["convert", str(path), str(packed), *options]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from tests.offline.small import HIDDEN_SIZE, names_of, slots_of, small_experts, small_tokens
+from tests.offline.small import HIDDEN_SIZE, PackedLayer, merge_layer, slots_of, small_experts, small_tokens
 from vllm_puzzle.offline.correction import OutputCorrection
 from vllm_puzzle.offline.layer import RoutedTokens
-from vllm_puzzle.offline.layer_merging import PackedLayer, merge_layer
-from vllm_puzzle.offline.merging import merge_by_saliency
+from vllm_puzzle.offline.merging import ElementRule
 from vllm_puzzle.offline.recipe import Recipe
 from vllm_puzzle.offline.statistics import measure
 
@@ -23,7 +22,7 @@ def routed() -> RoutedTokens:
 
 def merged(recipe: Recipe, routed: RoutedTokens, lacking: torch.Tensor) -> PackedLayer:
     experts = small_experts()
-    return merge_layer(experts, names_of(experts), slots_of(PAIRS), recipe, routed, lacking)
+    return merge_layer(experts, slots_of(PAIRS), recipe, routed, lacking)
 
 
 @pytest.mark.parametrize("align", [False, True])
@@ -67,7 +66,6 @@ def test_later_pairs_make_up_for_earlier_ones(routed: RoutedTokens) -> None:
     after_a_pair, alone = (
         merge_layer(
             experts.copy(),
-            names_of(experts),
             slots_of(pairs),
             COMPENSATED,
             alternating,
@@ -85,7 +83,9 @@ def test_later_pairs_make_up_for_earlier_ones(routed: RoutedTokens) -> None:
 
 def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
     experts, pair = small_experts(), (4, 1)
-    merged_pair = merge_by_saliency(experts, pair, [measure(experts, expert, routed, full=False) for expert in pair])
+    merged_pair = ElementRule.of_saliency([measure(experts, expert, routed, full=False) for expert in pair]).merge(
+        experts, pair
+    )
     correction = OutputCorrection(experts, routed, torch.zeros_like(routed.hidden))
     for member, expert in enumerate(pair):
         statistics = measure(experts, expert, routed, full=True)
@@ -104,7 +104,7 @@ def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
 def test_an_expert_alone_stays_as_it_was(routed: RoutedTokens) -> None:
     experts = small_experts()
     drift = DIRECTION.repeat(len(routed), 1)
-    packed = merge_layer(experts, names_of(experts), slots_of([(0, 3)]), COMPENSATED, routed, drift)
+    packed = merge_layer(experts, slots_of([(0, 3)]), COMPENSATED, routed, drift)
     for expert in (1, 2, 4, 5):
         for got, own in zip(packed.experts.matrices(expert), experts.matrices(expert), strict=True):
             # Magnitudes below the smallest storable one are raised or dropped.
@@ -118,9 +118,7 @@ def test_mates_without_any_weight_are_merged_too(recipe: Recipe, routed: RoutedT
     for expert in (1, 2):
         for matrices in (experts.gate, experts.up, experts.down):
             matrices[expert] = torch.zeros_like(matrices[expert])
-    packed = merge_layer(
-        experts, names_of(experts), slots_of(PAIRS), recipe, routed, torch.zeros(len(routed), HIDDEN_SIZE)
-    )
+    packed = merge_layer(experts, slots_of(PAIRS), recipe, routed, torch.zeros(len(routed), HIDDEN_SIZE))
     for expert in (1, 2):
         assert bool(routed.through(packed.experts).isfinite().all())
         assert float(packed.experts.output(expert, routed.hidden).abs().max()) == 0

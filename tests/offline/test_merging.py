@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 from tests.offline.small import (
     EVERY_RECIPE,
     NUM_EXPERTS,
-    names_of,
+    merge_layer,
     recipe_name,
     slots_of,
     small_experts,
@@ -22,13 +22,11 @@ from vllm_puzzle.format import FormatError, unpack
 from vllm_puzzle.offline.compensation import compensate
 from vllm_puzzle.offline.correction import OutputCorrection
 from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.layer_merging import merge_layer
 from vllm_puzzle.offline.merging import (
+    ElementRule,
     MergeStatistics,
     compare,
-    merge_as_the_paper,
     merge_by_compensation,
-    merge_by_saliency,
     pack_members,
 )
 from vllm_puzzle.offline.recipe import Recipe
@@ -56,7 +54,7 @@ def merge_by_the_paper(
     experts: ExpertWeights, norms: Sequence[InputNorms], tau: float = 0.4
 ) -> list[tuple[torch.Tensor, MergeStatistics]]:
     """The words of gate, up and down of experts 0 and 1, and what merging changed."""
-    merged = merge_as_the_paper(experts, (0, 1), norms, tau)
+    merged = ElementRule.of_the_paper(norms, tau).merge(experts, (0, 1))
     result = []
     for matrices, sources in ((merged.gate, experts.gate), (merged.up, experts.up), (merged.down, experts.down)):
         words = pack_members(matrices, "a")
@@ -102,7 +100,7 @@ def test_at_tau_04_half_of_two_gaussian_experts_is_shared() -> None:
     sizes = ((400, 300), (400, 300), (300, 400))
     gate, up, down = ([torch.randn(*size, generator=generator) * 0.02 for _ in range(2)] for size in sizes)
     experts = ExpertWeights(gate, up, down, silu)
-    statistics = merge_layer(experts, names_of(experts), slots_of([(0, 1)], 2), Recipe("paper")).statistics
+    statistics = merge_layer(experts, slots_of([(0, 1)], 2), Recipe("paper")).statistics
     assert statistics.elements == 3 * 400 * 300
     # The paper counts about 48 % similar elements, so about 26 % of an expert's weights lost.
     assert statistics.shared_fraction == pytest.approx(0.48, abs=0.03)
@@ -116,7 +114,10 @@ def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch
     statistics = [measure(experts, expert, routed, full=False) for expert in (0, 1)]
 
     def merge() -> list[torch.Tensor]:
-        both = (merge_as_the_paper(experts, (0, 1), channels, 0.4), merge_by_saliency(experts, (0, 1), statistics))
+        both = (
+            ElementRule.of_the_paper(channels, 0.4).merge(experts, (0, 1)),
+            ElementRule.of_saliency(statistics).merge(experts, (0, 1)),
+        )
         return [matrix for merged in both for member in (0, 1) for matrix in merged.matrices(member)]
 
     whole = merge()
@@ -129,7 +130,7 @@ def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
     experts, routed = small_experts(), small_tokens(60)
     pair = (4, 1)
     statistics = [measure(experts, expert, routed, full=False) for expert in pair]
-    merged = merge_by_saliency(experts, pair, statistics)
+    merged = ElementRule.of_saliency(statistics).merge(experts, pair)
     costs = torch.stack([member.neuron_costs() for member in statistics]).chunk(3, dim=2)
     down = [matrix.T for matrix in merged.down], [matrix.T for matrix in experts.down]
     for got, own, each in zip(
@@ -170,14 +171,14 @@ def test_an_element_that_cannot_be_stored_names_its_own_tensor(value: float, rec
         matrix = experts.matrices(expert)[position]
         matrix[3, 7] = value
         with pytest.raises(FormatError, match=rf"^{name}\[3, 7\] is"):
-            merge_layer(experts, names_of(experts), slots_of([(1, 4)]), recipe, routed, torch.zeros_like(routed.hidden))
+            merge_layer(experts, slots_of([(1, 4)]), recipe, routed, torch.zeros_like(routed.hidden))
 
 
 @pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=recipe_name)
 def test_words_hold_what_a_reader_finds_in_slot_order(recipe: Recipe) -> None:
     experts, routed = small_experts(), small_tokens(60)
     slots = slots_of([(4, 1), (0, 5)])
-    packed = merge_layer(experts, names_of(experts), slots, recipe, routed, torch.zeros_like(routed.hidden))
+    packed = merge_layer(experts, slots, recipe, routed, torch.zeros_like(routed.hidden))
     assert len(packed.words) == slots.num_slots
     for slot, words in enumerate(packed.words):
         for member, expert in enumerate(slots.members(slot)):
@@ -198,7 +199,6 @@ def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> Non
     for align in (False, True):
         packed = merge_layer(
             experts.copy(),
-            names_of(experts),
             slots_of([(1, 4)]),
             Recipe(rule, align),
             routed,
@@ -215,9 +215,7 @@ def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> Non
 def test_what_merging_changed_is_counted_on_the_weights_that_were_merged(recipe: Recipe) -> None:
     """Aligned or not: `experts` is left in the order of neurons that was merged."""
     experts, routed = small_experts(), small_tokens(60)
-    packed = merge_layer(
-        experts, names_of(experts), slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden)
-    )
+    packed = merge_layer(experts, slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden))
     pairs = [
         (own.double(), read.double())
         for expert in (4, 1)

@@ -21,7 +21,7 @@ from vllm_puzzle.offline.checkpoint import Checkpoint
 from vllm_puzzle.offline.convert import convert
 from vllm_puzzle.offline.families import find_moe_shape
 from vllm_puzzle.offline.layer import RoutedTokens
-from vllm_puzzle.offline.layer_merging import PackedLayer, merge_layer
+from vllm_puzzle.offline.layer_merging import MergedLayer, merge_layer
 from vllm_puzzle.offline.mates import Mates, consider
 from vllm_puzzle.offline.options import ConvertOptions
 from vllm_puzzle.offline.pairing import candidates
@@ -251,12 +251,12 @@ def test_planning_sees_the_tokens_that_merging_sees(
         planned.append(arguments[2:])
         return consider(*arguments)
 
-    def record_merging(*arguments: Any, **named: Any) -> PackedLayer:
-        merged.append(arguments[4])
+    def record_merging(*arguments: Any, **named: Any) -> MergedLayer:
+        merged.append(arguments[5])
         return merge_layer(*arguments, **named)
 
     monkeypatch.setattr("vllm_puzzle.offline.plan.consider", record_plan)
-    monkeypatch.setattr("vllm_puzzle.offline.merging_pass.merge_layer", record_merging)
+    monkeypatch.setattr("vllm_puzzle.offline.units.merge_layer", record_merging)
     converted(source, tmp_path / "packed", "--calibration", str(text), *SALIENCY, "--pairing", "loss")
     checkpoint = Checkpoint(source)
     token_ids, _ = read_calibration(text, checkpoint, checkpoint.config, 128)

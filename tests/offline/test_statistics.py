@@ -10,14 +10,13 @@ from tests.offline.small import (
     INTERMEDIATE_SIZE,
     NUM_EXPERTS,
     TOP_K,
-    names_of,
+    merge_layer,
     recipe_name,
     slots_of,
     small_experts,
     small_tokens,
 )
 from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.layer_merging import merge_layer
 from vllm_puzzle.offline.mates import consider
 from vllm_puzzle.offline.pairing import candidates, match
 from vllm_puzzle.offline.recipe import Recipe
@@ -144,7 +143,7 @@ def test_every_rule_survives_an_expert_without_tokens(recipe: Recipe) -> None:
     wanted = routed.through(experts)
     lacking = torch.zeros_like(routed.hidden)
     pairs = slots_of([(1, 3), (0, 4)])
-    packed = merge_layer(experts, names_of(experts), pairs, recipe, routed, lacking)
+    packed = merge_layer(experts, pairs, recipe, routed, lacking)
     assert all(bool(matrix.isfinite().all()) for e in range(NUM_EXPERTS) for matrix in packed.experts.matrices(e))
     # Its mate, which is used, keeps nearly everything.
     assert bool(routed.through(packed.experts).isfinite().all())
@@ -214,7 +213,7 @@ def test_a_few_tokens_at_once_merge_to_the_same_words(monkeypatch: pytest.Monkey
 
     def words(recipe: Recipe) -> list[torch.Tensor]:
         experts, lacking = small_experts(), torch.zeros_like(routed.hidden)
-        packed = merge_layer(experts, names_of(experts), slots_of([(0, 1), (2, 5)]), recipe, routed, lacking)
+        packed = merge_layer(experts, slots_of([(0, 1), (2, 5)]), recipe, routed, lacking)
         return [matrix for slot in packed.words for matrix in slot]
 
     for recipe in EVERY_RECIPE:

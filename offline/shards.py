@@ -1,0 +1,142 @@
+"""Safetensors files written one tensor at a time, so that no more than one tensor has to be in memory.
+
+The format (github.com/huggingface/safetensors) puts all names and places first. Here they are known before any tensor
+is: a packed matrix has the size of its experts'. The library's own writer wants all tensors of a file at once.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+
+from .checkpoint import TensorInfo
+from .manifest import ShardEntry
+
+# As safetensors aligns the first tensor.
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written; `dtype` in safetensors' own spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def element_bytes(self) -> int:
+        return self.num_bytes // max(1, math.prod(self.shape))
+
+    @classmethod
+    def copy_of(cls, name: str, info: TensorInfo) -> "Planned":
+        return cls(name, info.dtype, info.shape, info.num_bytes)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file, and its tensors in the order in which they will be written."""
+
+    file: str
+    tensors: tuple[Planned, ...]
+
+
+def plan_shards(groups: Sequence[Sequence[Planned]], shard_size: int) -> list[list[ShardPlan]]:
+    """The files of every group, none larger than `shard_size` bytes of tensors unless it holds only one.
+
+    No file holds tensors of two groups, so each group can be written alone and again.
+    """
+    parts = [list(_split(group, shard_size)) for group in groups]
+    total = sum(len(files) for files in parts)
+    number = 0
+    plans: list[list[ShardPlan]] = []
+    for files in parts:
+        plans.append([])
+        for tensors in files:
+            number += 1
+            plans[-1].append(ShardPlan(f"model-{number:05}-of-{total:05}.safetensors", tuple(tensors)))
+    return plans
+
+
+def _split(tensors: Sequence[Planned], shard_size: int) -> Iterator[list[Planned]]:
+    part: list[Planned] = []
+    for tensor in tensors:
+        if part and sum(each.num_bytes for each in part) + tensor.num_bytes > shard_size:
+            yield part
+            part = []
+        part.append(tensor)
+    yield part
+
+
+class ShardWriter:
+    """Writes the tensors of some plans, in their order, into `directory`; `entries` tells of the files when it closed.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, plans: Sequence[ShardPlan]) -> None:
+        self.entries: list[ShardEntry] = []
+        self._directory = directory
+        self._plans = list(plans)
+        self._expected: list[Planned] = []
+        self._file: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None:
+            assert not self._plans
+            assert not self._expected
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor; its bytes are written as they are."""
+        if self._file is None:
+            self._begin()
+        planned = self._expected.pop(0)
+        assert (name, tuple(tensor.shape), tensor.nbytes) == (planned.name, planned.shape, planned.num_bytes)
+        self._put(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        if not self._expected:
+            self._end()
+
+    def _begin(self) -> None:
+        plan = self._plans[0]
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in plan.tensors:
+            end = offset + tensor.num_bytes
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        self._expected = list(plan.tensors)
+        self._hash, self._size = hashlib.sha256(), 0
+        self._file = open(self._directory / plan.file, "wb")  # noqa: SIM115
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def _put(self, content: "bytes | memoryview") -> None:
+        assert self._file is not None
+        self._file.write(content)
+        self._hash.update(content)
+        self._size += len(content)
+
+    def _end(self) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+        plan = self._plans.pop(0)
+        self.entries.append(ShardEntry(file=plan.file, num_bytes=self._size, sha256=self._hash.hexdigest()))
