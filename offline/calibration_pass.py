@@ -35,6 +35,7 @@ class CalibrationPass:
             states["merged"] = self._merged.states
         return states
 
+    @torch.inference_mode()
     def restore(self, states: Mapping[str, torch.Tensor]) -> None:
         """Goes on from what `states` was after some layer."""
         self._source.states.copy_(states["source"])

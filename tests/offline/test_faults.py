@@ -220,7 +220,6 @@ def test_a_disk_without_room(
 
 def test_a_disk_that_fills_up_on_the_way(source: Path, tmp_path: Path) -> None:
     """A file size limit stands in for it: the kernel refuses a write in the middle of a shard."""
-    before = snapshot(tmp_path)
     program = (
         "import resource, signal, sys; from vllm_puzzle.cli import main; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); "
@@ -230,8 +229,22 @@ def test_a_disk_that_fills_up_on_the_way(source: Path, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'packed'} could not be written (")
     assert "Traceback" not in result.stderr
-    assert snapshot(tmp_path) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    # Nothing under the final name, and what is whole is not lost.
+    assert not (tmp_path / "packed").exists()
+    assert "--resume" in result.stderr
+    arguments = ["convert", str(source), str(tmp_path / "packed")]
+    assert main([*arguments, "--resume"]) == 0
+    packed = snapshot(tmp_path / "packed")
+    (tmp_path / "packed").rename(tmp_path / "other")
+    assert main(arguments) == 0
+    assert snapshot(tmp_path / "packed") == packed
+
+
+def test_a_destination_that_may_not_be_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert_refused(["convert", str(source), str(tmp_path / "packed")], tmp_path, capsys, "is not writable")
 
 
 def test_unpack_and_verify_want_a_packed_checkpoint(
