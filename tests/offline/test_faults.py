@@ -35,6 +35,22 @@ def edit_index(source: Path, **weight_map: str) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 0xFF
+    file.write_bytes(content)
+
+
+def double(source: Path) -> None:
+    """A tensor of the first shard in the second too."""
+    file = source / "model-00002-of-00002.safetensors"
+    save_file({**load_file(file), "lm_head.weight": torch.zeros(3)}, file, {"format": "pt"})
+
+
 def test_a_sharded_source_converts_to_the_same_experts(source: Path, tmp_path: Path) -> None:
     assert main(["convert", str(source), str(tmp_path / "whole")]) == 0
     shard(source)
@@ -112,6 +128,22 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "shard outside the directory": (
         lambda source: (shard(source), edit_index(source, x="../x.safetensors")),
         ("outside its own directory", "../x.safetensors"),
+    ),
+    "truncated shard": (
+        lambda source: (shard(source), truncate(source / "model-00002-of-00002.safetensors")),
+        ("model-00002-of-00002.safetensors is not a whole safetensors file",),
+    ),
+    "a flipped byte in a header": (
+        lambda source: (shard(source), flip(source / "model-00001-of-00002.safetensors", 8)),
+        ("model-00001-of-00002.safetensors is not a whole safetensors file",),
+    ),
+    "a tensor in two shards": (
+        lambda source: (shard(source), double(source)),
+        ("model-00002-of-00002.safetensors: tensor lm_head.weight is not in model.safetensors.index.json",),
+    ),
+    "pickled weights": (
+        lambda source: ((source / "model.safetensors").unlink(), torch.save({}, source / "pytorch_model.bin")),
+        ("only safetensors",),
     ),
     "index names a tensor that is not there": (
         lambda source: (shard(source), edit_index(source, x="model-00001-of-00002.safetensors")),

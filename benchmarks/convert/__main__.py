@@ -1,0 +1,90 @@
+"""Measure the converter on a synthetic Mixtral: rate, memory, what becomes of killed runs and of damaged sources.
+
+    python -m benchmarks.convert --json FILE
+
+The source's layers have the experts of Mixtral-8x7B. Rates are of whole commands, start-up included, from files that
+are not in the page cache to files on the disk; beside them stands a plain copy of the source. Takes room for three
+times the source and, after that, for twice the layers.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.convert.fuzz import fuzz
+from benchmarks.convert.kills import kill_and_resume
+from benchmarks.convert.measure import Run, convert, copy
+from benchmarks.convert.source import Shape, write_source
+
+LAYERS = 5
+SMALL = Shape(num_hidden_layers=12, hidden_size=1024, intermediate_size=2048)
+KILLS = 20
+FUZZED_FILES = 2000
+ROUNDS = 3
+
+
+def measure_rates(work: Path, shape: Shape, rounds: int) -> dict[str, object]:
+    """Copies and conversions by one process and by two, interleaved; medians over the rounds."""
+    source_bytes = write_source(work / "source", shape)
+    copies: list[float] = []
+    runs: dict[int, list[Run]] = {1: [], 2: []}
+    for _ in range(rounds):
+        copies.append(copy(work / "source", work / "copy"))
+        shutil.rmtree(work / "copy")
+        for jobs, made in runs.items():
+            made.append(convert(work / "source", work / "packed", jobs))
+    result: dict[str, object] = {
+        "source_bytes": source_bytes,
+        "layers": shape.num_hidden_layers,
+        "layer_expert_bytes": shape.layer_expert_bytes,
+        "copy_gb_per_s": source_bytes / statistics.median(copies) / 1e9,
+        "copy_seconds": copies,
+    }
+    for jobs, made in runs.items():
+        rates = [source_bytes / run.seconds / 1e9 for run in made]
+        result[f"jobs_{jobs}"] = {
+            "jobs": jobs,
+            "gb_per_s": statistics.median(rates),
+            "share_of_copy": statistics.median(copies) / statistics.median([run.seconds for run in made]),
+            "peak_rss_bytes": max(run.peak_rss_bytes for run in made),
+            "seconds": [run.seconds for run in made],
+        }
+    return result
+
+
+def measure_growth(work: Path, shape: Shape) -> dict[str, object]:
+    """The most memory for a source with twice the layers."""
+    write_source(work / "source", shape)
+    run = convert(work / "source", work / "packed", 1)
+    return {"layers": shape.num_hidden_layers, "peak_rss_bytes": run.peak_rss_bytes, "seconds": run.seconds}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the figures go")
+    parser.add_argument("--work", type=Path, default=Path(".cache/convert"), help="for the files (%(default)s)")
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    try:
+        result = measure_rates(args.work, Shape(LAYERS, 4096, 14336), ROUNDS)
+        result["twice_the_layers"] = measure_growth(args.work, Shape(2 * LAYERS, 4096, 14336))
+        write_source(args.work / "source", SMALL)
+        result["kill_test"] = kill_and_resume(args.work / "source", args.work, KILLS, seed=0)
+        result["fuzz"] = fuzz(args.work / "fuzz", FUZZED_FILES, seed=0)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    finally:
+        shutil.rmtree(args.work, ignore_errors=True)
+    result["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
