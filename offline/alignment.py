@@ -17,19 +17,27 @@ _ELEMENTS_AT_ONCE = 1 << 21
 _COLUMNS_AT_ONCE = 512
 
 
-def neuron_magnitudes(experts: ExpertWeights, expert: int) -> torch.Tensor:
-    """Each neuron's row of gate, of up and column of down, absolute: float32 (intermediate_size, 3 * hidden_size)."""
-    return torch.cat([experts.gate[expert], experts.up[expert], experts.down[expert].T], dim=1).float().abs()
+def neuron_magnitudes(experts: ExpertWeights, expert: int, neurons: slice = slice(None)) -> torch.Tensor:
+    """Each neuron's row of gate, of up and column of down, absolute: float32 (num_neurons, 3 * hidden_size)."""
+    gate, up, down = experts.matrices(expert)
+    return torch.cat([gate[neurons], up[neurons], down[:, neurons].T], dim=1).float().abs()
 
 
-def estimate_loss(magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]) -> float:
+def estimate_loss(experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics]) -> float:
     """What merging two experts as they are costs, in units of the layer's squared output summed over tokens.
 
     Every element counts alone: nothing makes up for an error here.
     """
-    costs = [member.neuron_costs() for member in statistics]
-    # Row by row, so that the sum does not depend on how many threads there are.
-    return float(cheapest_loss(*magnitudes, *costs).sum(dim=1, dtype=torch.float64).sum())
+    num_neurons, hidden_size = experts.gate[pair[0]].shape
+    step = max(1, _ELEMENTS_AT_ONCE // (3 * hidden_size))
+    total = 0.0
+    for start in range(0, num_neurons, step):
+        neurons = slice(start, start + step)
+        magnitudes = (neuron_magnitudes(experts, expert, neurons) for expert in pair)
+        costs = (member.neuron_costs(neurons) for member in statistics)
+        # Row by row, so that the sum does not depend on how many threads there are.
+        total += float(cheapest_loss(*magnitudes, *costs).sum(dim=1, dtype=torch.float64).sum())
+    return total
 
 
 def align(magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .alignment import estimate_loss, neuron_magnitudes
+from .alignment import estimate_loss
 from .layer import ExpertWeights, RoutedTokens
 from .statistics import ExpertStatistics, measure, uniform
 
@@ -39,7 +39,7 @@ def expect(
 ) -> Mates:
     """The same of one pair; `statistics` are its members'."""
     first, second = pair
-    loss = estimate_loss((neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)), statistics)
+    loss = estimate_loss(experts, pair, statistics)
     return Mates(pair, loss / energy, _coactivation(routed, first, second) if routed else 0.0)
 
 

@@ -44,16 +44,16 @@ class ExpertStatistics:
     gate_rows: torch.Tensor
     up_rows: torch.Tensor
 
-    def neuron_costs(self) -> torch.Tensor:
+    def neuron_costs(self, neurons: slice = slice(None)) -> torch.Tensor:
         """Of a unit of squared error in each weight of each neuron: its row of gate, of up, its column of down.
 
-        (intermediate_size, 3 * hidden_size), in units of the layer's squared output.
+        (num_neurons, 3 * hidden_size), in units of the layer's squared output.
         """
         hidden = self.hidden.diagonal() if self.hidden.ndim == 2 else self.hidden
         intermediate = self.intermediate.diagonal() if self.intermediate.ndim == 2 else self.intermediate
-        rows = torch.stack([self.gate_rows, self.up_rows])
+        rows = torch.stack([self.gate_rows, self.up_rows])[:, neurons]
         gate, up = rows[..., None] * hidden
-        return torch.cat([gate, up, intermediate[:, None].expand_as(gate)], dim=1)
+        return torch.cat([gate, up, intermediate[neurons, None].expand_as(gate)], dim=1)
 
     def permuted(self, neurons: torch.Tensor) -> "ExpertStatistics":
         """Those of the same expert with its intermediate neurons in another order, int64 (intermediate_size,)."""

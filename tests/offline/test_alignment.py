@@ -38,8 +38,10 @@ def statistics_of(experts: ExpertWeights, calibrated: bool) -> list[ExpertStatis
 
 
 def loss_in_order(experts: ExpertWeights, statistics: list[ExpertStatistics], order: torch.Tensor) -> float:
-    first, second = magnitudes_of(experts)
-    return estimate_loss((first, second[order]), (statistics[0], statistics[1].permuted(order)))
+    reordered = experts.copy()
+    reordered.gate[1], reordered.up[1] = experts.gate[1][order], experts.up[1][order]
+    reordered.down[1] = experts.down[1][:, order]
+    return estimate_loss(reordered, (0, 1), (statistics[0], statistics[1].permuted(order)))
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -140,4 +142,4 @@ def test_the_estimate_is_what_merging_without_compensation_costs() -> None:
         shared = magnitudes[0].lerp(magnitudes[1], share)
         choices.append((costs * (shared - magnitudes).square()).sum(dim=0))
     best = float(torch.stack(choices).amin(dim=0).sum())
-    assert estimate_loss(magnitudes_of(experts), statistics) == pytest.approx(best, rel=1e-3)
+    assert estimate_loss(experts, (0, 1), statistics) == pytest.approx(best, rel=1e-3)
