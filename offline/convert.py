@@ -87,14 +87,19 @@ def convert(
         calibrator = Calibrator(checkpoint, config, shape, device)
     names = names_by_layer(checkpoint, shape)
     sizes = {layer: sum(checkpoint.tensors[name].num_bytes for name in group) for layer, group in names.items()}
+    num_tokens = 0 if token_ids is None else token_ids.numel()
+
+    def choose() -> Recipe:
+        return _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, all_paired, report)
+
+    # What it costs is said before anything is written; the rule of a conversion that goes on is settled.
+    recipe = None if resume else choose()
     with work_directory(destination, origin_of(checkpoint, options), resume) as (writer, journal):
         planned = journal.find("plan")
-        num_tokens = 0 if token_ids is None else token_ids.numel()
-        recipe = (
-            _choose_recipe(options, checkpoint, config, names, shape, device, num_tokens, all_paired, report)
-            if planned is None
-            else Recipe(**planned["recipe"])
-        )
+        if planned is not None:
+            recipe = Recipe(**planned["recipe"])
+        elif recipe is None:
+            recipe = choose()
         job = Job(
             checkpoint,
             names,
@@ -258,6 +263,7 @@ def _choose_recipe(
         top_k=config.num_experts_per_tok,
         layer_bytes=max(sizes.values()),
         dense_weights=dense,
+        jobs=options.jobs,
     )
     speed = measure_speed(device)
     recipe, cost = choose_recipe([(recipe, estimate(recipe, work, speed)) for recipe in options.recipes()])

@@ -19,6 +19,8 @@ _SECONDS_PER_COLUMN = 1.5e-4
 # Products of a probe that keeps a CPU busy for some 0.1 s; elementwise work for as long.
 _PROBE_SIZE = 1024
 _ELEMENTS = 1 << 22
+# Temporaries that are bounded whatever the model's size.
+_BLOCKS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Work:
     """What there is to convert.
 
     `pairs` in all layers, `all_paired` if there can be no more; `num_tokens` of calibration, 0 for none; `layer_bytes`
-    of the largest decoder layer on disk; `dense_weights` of all decoder layers without their routed experts.
+    of the largest decoder layer on disk; `dense_weights` of all decoder layers without their routed experts; `jobs`,
+    the layers at once.
     """
 
     shape: MoEShape
@@ -88,6 +91,7 @@ class Work:
     top_k: int
     layer_bytes: int
     dense_weights: int
+    jobs: int = 1
 
 
 def estimate(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
@@ -120,11 +124,23 @@ def estimate(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
     if recipe.align:
         elements += 3 * hidden * float(inner) ** 2 * pairs
     seconds = products / speed.products + elements / speed.elements + columns * _SECONDS_PER_COLUMN
+    return Estimate(seconds, _memory(recipe, work), weights)
+
+
+def _memory(recipe: Recipe, work: Work) -> int:
+    hidden, inner, num_tokens = work.shape.hidden_size, work.shape.intermediate_size, work.num_tokens
+    expert = 3 * hidden * inner
+    # The hidden states, what enters the experts and what they answer in float32; where tokens go.
     ways = 2 if recipe.compensated else 1
-    held = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
-    at_once = min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
-    # What two mates' answers lose is kept until both are merged; all tokens may have gone to them.
-    moments = 2 * 4 * (hidden**2 + inner**2) * 4 + 2 * num_tokens * hidden * 2 if recipe.compensated else 0
-    pair = 2 * expert * 4 * 6
-    aligned = inner**2 * 12 if recipe.align else 0
-    return Estimate(seconds, 2 * work.layer_bytes + held + at_once + moments + pair + aligned, weights)
+    tokens = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
+    tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
+    layer = work.layer_bytes + _BLOCKS
+    if recipe.align:
+        # Magnitudes and costs of every weight of two experts, and the loss of every neuron with every other.
+        layer += 2 * expert * 4 * 2 + inner**2 * 12
+    if recipe.compensated:
+        # What is made of the layer; two mates and their moments in several states; what their answers lose, to which
+        # all tokens may have gone.
+        layer += work.layer_bytes + 2 * expert * 4 * 6 + 2 * 4 * (hidden**2 + inner**2) * 4
+        layer += 2 * num_tokens * hidden * 2
+    return tokens + work.jobs * layer
