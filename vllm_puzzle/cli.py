@@ -1,16 +1,28 @@
 """The command line: `vllm-puzzle convert | verify | unpack`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 import vllm_puzzle
+from vllm_puzzle.cli_config import add_config, expand_config
 
 Command = Callable[[argparse.Namespace], None]
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of a sentence")
+
+
+def _print(arguments: argparse.Namespace, result: dict[str, Any], sentence: str, path: Path) -> None:
+    print(json.dumps({"path": str(path), **result}) if arguments.json else f"{path}: {sentence}")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +98,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=1, metavar="N", help="layers at once, each in a process (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with a conversion to DEST that was broken off")
+    add_config(parser)
+    _add_json(parser)
 
 
 def _size(text: str) -> int:
@@ -118,10 +132,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
     with _progress("converting") as progress:
         result = convert(arguments.source, arguments.destination, options, _say, progress, arguments.resume)
-    print(
-        f"{arguments.destination}: experts {result.expert_bytes_before:,} -> {result.expert_bytes_after:,} bytes, "
+    _print(
+        arguments,
+        asdict(result),
+        f"experts {result.expert_bytes_before:,} -> {result.expert_bytes_after:,} bytes, "
         f"checkpoint {result.checkpoint_bytes_before:,} -> {result.checkpoint_bytes_after:,} bytes, "
-        f"relative error of merged weights {result.relative_error:.4f}"
+        f"relative error of merged weights {result.relative_error:.4f}",
+        arguments.destination,
     )
 
 
@@ -129,6 +146,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.description = "Checks a packed checkpoint against its source, tensor by tensor."
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint that was converted")
     parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
+    _add_json(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -136,9 +154,12 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     with _progress("verifying") as progress:
         result = verify(arguments.source, arguments.packed, progress)
-    print(
-        f"{arguments.packed}: {result.untouched} tensors equal to the source's bit for bit, "
-        f"{result.packed} packed tensors within their rule"
+    _print(
+        arguments,
+        asdict(result),
+        f"{result.untouched} tensors equal to the source's bit for bit, {result.packed} packed tensors within their "
+        f"rule",
+        arguments.packed,
     )
 
 
@@ -199,7 +220,7 @@ def main_of(name: str, argv: Sequence[str] | None = None) -> int:
     _, add_arguments, command = _COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"python -m vllm_puzzle.{name}")
     add_arguments(parser)
-    return _run(command, parser.parse_args(argv))
+    return _run(command, _parse(parser, [], sys.argv[1:] if argv is None else argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,5 +232,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary)
         add_arguments(subparser)
         subparser.set_defaults(command=command)
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parse(parser, words[:1], words[1:])
     return _run(arguments.command, arguments)
+
+
+def _parse(parser: argparse.ArgumentParser, command: Sequence[str], words: Sequence[str]) -> argparse.Namespace:
+    try:
+        return parser.parse_args([*command, *expand_config(words)])
+    except ValueError as error:
+        parser.error(str(error))
