@@ -35,6 +35,7 @@ from .model_card import ConvertResult, ModelCard, write_model_card
 from .options import ConvertOptions, choose_recipe
 from .origin import origin_of
 from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random
+from .parallel import Workers
 from .plan import plan
 from .recipe import Recipe
 from .unit_runner import write_all
@@ -130,7 +131,7 @@ def convert(
             report(_describe_mates(job, list(mates.values())))
         units = plan_units(job, slots, options.shard_size)
         results: list[UnitResult] = []
-        for unit, result in write_all(job, units, journal, options.jobs, report):
+        for unit, result in write_all(job, units, journal, Workers(options.jobs, options.ray), report):
             results.append(result)
             advance(unit.layer)
         reports = [result.report for result in results if result.report is not None]

@@ -22,7 +22,8 @@ class ConvertOptions:
 
     `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone;
     `rule` and `align` None take the best that the machine can do in the time that `estimate` allows. `shard_size` is in
-    bytes; `jobs`, the number of processes, changes nothing that is written.
+    bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change nothing
+    that is written.
     """
 
     calibration: Path | None = None
@@ -37,6 +38,7 @@ class ConvertOptions:
     device: str = "cpu"
     shard_size: int = DEFAULT_SHARD_SIZE
     jobs: int = 1
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         if self.rule is not None and self.rule not in RULES:
@@ -58,10 +60,11 @@ class ConvertOptions:
             raise CheckpointError(f"--shard-size {self.shard_size} is not at least 1 byte")
         if self.jobs < 1:
             raise CheckpointError(f"--jobs {self.jobs} is not at least 1")
-        if self.jobs > 1 and self.rule == "compensated":
+        if self.side_by_side and self.rule == "compensated":
+            option = f"--jobs {self.jobs}" if self.ray is None else f"--ray {self.ray}"
             raise CheckpointError(
-                f"--jobs {self.jobs} with --rule compensated: there each layer makes up for those before it, so they "
-                f"are merged one after the other; leave out --jobs or choose another rule"
+                f"{option} with --rule compensated: there each layer makes up for those before it, so they are merged "
+                f"one after the other; leave out {option.split()[0]} or choose another rule"
             )
         if self.rule == "paper" and self.align:
             raise CheckpointError("--rule paper merges neurons as they stand; leave out --align or choose another rule")
@@ -72,6 +75,11 @@ class ConvertOptions:
             ):
                 if value == what:
                     raise CheckpointError(f"{option} {what} needs to see tokens; give --calibration FILE")
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether layers are merged at once, by other processes."""
+        return self.jobs > 1 or self.ray is not None
 
     def torch_device(self) -> torch.device:
         """Raises CheckpointError where this machine has no such device."""
@@ -91,7 +99,7 @@ class ConvertOptions:
             Recipe(rule, align, self.pairing, self.tau)
             for rule, align in _DEFAULTS
             if self.rule in (None, rule) and self.align in (None, align)
-            if rule != "compensated" or (self.calibration is not None and self.jobs == 1)
+            if rule != "compensated" or (self.calibration is not None and not self.side_by_side)
         ]
 
 

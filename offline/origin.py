@@ -10,6 +10,9 @@ from .errors import CheckpointError
 from .journal import sha256_of
 from .options import ConvertOptions
 
+# Options that change nothing that is written.
+_FREE = ("jobs", "ray")
+
 
 def origin_of(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
     """The version, every option that changes what is written, and the source's files, by the names a user knows.
@@ -19,7 +22,7 @@ def origin_of(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]
     Raises:
         CheckpointError: the calibration text cannot be read.
     """
-    chosen = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name != "jobs"}
+    chosen = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name not in _FREE}
     if options.calibration is not None:
         try:
             chosen["--calibration"] = sha256_of(options.calibration)

@@ -1,26 +1,54 @@
-"""Units written side by side by processes of one machine."""
+"""Units written side by side, by processes of one machine or of a Ray cluster."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from .job import Job
+from .ray_pool import RayPool
 from .units import LayerTokens, Unit, UnitResult, write_unit
 
 Enter = Callable[[Unit], LayerTokens | None]
 """What calibration knows of a unit; called for every unit, in their order."""
 
 
+@dataclass(frozen=True)
+class Workers:
+    """`jobs` units at once; by the Ray cluster at `ray`, its address, or by processes of this machine."""
+
+    jobs: int
+    ray: str | None = None
+
+    @property
+    def are_others(self) -> bool:
+        """Whether any other process works than this one."""
+        return self.jobs > 1 or self.ray is not None
+
+
+class _Result(Protocol):
+    def result(self) -> UnitResult: ...
+
+    def cancel(self) -> object: ...
+
+
+class _Pool(Protocol):
+    def submit(
+        self, function: Callable[..., UnitResult], /, job: Job, unit: Unit, directory: Path, tokens: LayerTokens | None
+    ) -> _Result: ...
+
+
 def write_units(
-    job: Job, units: list[Unit], directory: Path, enter: Enter, num_processes: int
+    job: Job, units: list[Unit], directory: Path, enter: Enter, workers: Workers
 ) -> Iterator[tuple[Unit, UnitResult]]:
-    """Every unit, in their order, as soon as it is written; the same bytes whatever `num_processes` is.
+    """Every unit, in their order, as soon as it is written; the same bytes whoever writes.
 
     Raises:
         CheckpointError, OSError: as `write_unit`; a process that was killed is an OSError.
@@ -28,25 +56,32 @@ def write_units(
     # Without tokens every sum is over one row or by one thread. Products of tokens are summed in another order by
     # another number of threads, so these stay as they are in one process.
     threads = torch.get_num_threads()
-    if job.calibrator is None:
-        threads = max(1, threads // num_processes)
+    if job.calibrator is None and workers.ray is None:
+        threads = max(1, threads // workers.jobs)
     there = replace(job, calibrator=None, token_ids=None)
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        waiting: deque[tuple[Unit, Future[UnitResult]]] = deque()
+    with _pool(workers, threads) as pool:
+        waiting: deque[tuple[Unit, _Result]] = deque()
         try:
             for unit in units:
                 waiting.append((unit, pool.submit(write_unit, there, unit, directory, enter(unit))))
                 # One more than there are processes, so that none waits; each holds a layer's tokens.
-                if len(waiting) > num_processes:
+                if len(waiting) > workers.jobs:
                     yield _first(waiting)
             while waiting:
                 yield _first(waiting)
         except BrokenProcessPool:
             raise OSError("a process that was writing a layer was killed; is there memory for as many?") from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            for _, future in waiting:
+                future.cancel()
 
 
-def _first(waiting: "deque[tuple[Unit, Future[UnitResult]]]") -> tuple[Unit, UnitResult]:
+def _pool(workers: Workers, threads: int) -> AbstractContextManager[_Pool]:
+    if workers.ray is not None:
+        return RayPool(workers.ray, threads)
+    return ProcessPoolExecutor(workers.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+
+
+def _first(waiting: deque[tuple[Unit, _Result]]) -> tuple[Unit, UnitResult]:
     unit, future = waiting.popleft()
     return unit, future.result()

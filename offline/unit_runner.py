@@ -9,7 +9,7 @@ from .calibration_pass import CalibrationPass
 from .job import Job
 from .journal import Journal
 from .layer import ExpertWeights
-from .parallel import write_units
+from .parallel import Workers, write_units
 from .units import LayerTokens, Unit, UnitResult, write_unit
 
 Report = Callable[[str], None]
@@ -63,7 +63,7 @@ class _Calibration:
 
 
 def write_all(
-    job: Job, units: list[Unit], journal: Journal, num_processes: int, report: Report
+    job: Job, units: list[Unit], journal: Journal, workers: Workers, report: Report
 ) -> Iterator[tuple[Unit, UnitResult]]:
     """Every unit in its order, as soon as it is written and recorded.
 
@@ -78,8 +78,8 @@ def write_all(
         done += 1
     calibration = _Calibration(job, units, journal, done)
     left = units[done:]
-    if num_processes > 1:
-        written = write_units(job, left, journal.directory, calibration.enter, num_processes)
+    if workers.are_others:
+        written = write_units(job, left, journal.directory, calibration.enter, workers)
     else:
         written = ((unit, calibration.write(unit, journal.directory)) for unit in left)
     for number, (unit, result) in enumerate(written, start=done):

@@ -97,6 +97,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="layers at once, each in a process (default: %(default)s)"
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="merge them on this Ray cluster, which shares the file system ('auto': the one of this machine)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a conversion to DEST that was broken off")
     add_config(parser)
     _add_json(parser)
@@ -129,6 +134,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         shard_size=arguments.shard_size,
         jobs=arguments.jobs,
+        ray=arguments.ray,
     )
     with _progress("converting") as progress:
         result = convert(arguments.source, arguments.destination, options, _say, progress, arguments.resume)
