@@ -42,7 +42,7 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; give the folder that holds config.json and safetensors")
-        self.raw_config: dict[str, Any] = _read_json(path / "config.json")
+        self.raw_config: dict[str, Any] = read_json(path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._read_weight_map()
         for shard in sorted(set(weight_map.values())):
@@ -50,12 +50,8 @@ class Checkpoint:
 
     @property
     def config(self) -> PretrainedConfig:
-        """config.json as transformers reads it, so with the defaults that it leaves out; runs no remote code."""
-        try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"transformers cannot read {self.path / 'config.json'}: {reason}") from None
+        """See `read_config`."""
+        return read_config(self.path)
 
     @property
     def num_bytes(self) -> int:
@@ -96,13 +92,7 @@ class Checkpoint:
     def _read_weight_map(self) -> dict[str, str]:
         index = self.path / INDEX_FILE
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-                raise CheckpointError(f"{index} has no usable `weight_map`; download the checkpoint again")
-            for shard in set(weight_map.values()):
-                if Path(shard).name != shard:
-                    raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
-            return weight_map
+            return read_weight_map(index)
         single = self.path / SINGLE_FILE
         if not single.is_file():
             raise CheckpointError(
@@ -144,7 +134,32 @@ class SourceHash:
         return hashlib.sha256("".join(sorted(self.lines)).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> PretrainedConfig:
+    """config.json of a folder as transformers reads it, so with the defaults that it leaves out; runs no remote code.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which shard holds each tensor; raises CheckpointError where the index does not say so, or names other folders."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index} has no usable `weight_map`; download the checkpoint again")
+    for shard in set(weight_map.values()):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises CheckpointError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

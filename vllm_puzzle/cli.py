@@ -1,7 +1,8 @@
-"""The command line: `vllm-puzzle convert | verify | unpack`."""
+"""The command line: `vllm-puzzle convert | verify | unpack | plan | inspect`."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import vllm_puzzle
 from vllm_puzzle.cli_config import add_config, expand_config
+from vllm_puzzle.cli_reports import add_inspect, add_plan, inspect, plan
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -187,6 +189,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "convert": ("pack a checkpoint", _add_convert, _convert),
     "verify": ("check a packed checkpoint against its source", _add_verify, _verify),
     "unpack": ("write a packed checkpoint back in BF16", _add_unpack, _unpack),
+    "plan": ("say what packing would save and where the model would fit", add_plan, plan),
+    "inspect": ("show what a packed checkpoint holds", add_inspect, lambda arguments: inspect(arguments, _progress)),
 }
 
 
@@ -212,8 +216,13 @@ def _run(command: Command, arguments: argparse.Namespace) -> int:
 
     try:
         command(arguments)
+        sys.stdout.flush()
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read it, such as `head`, has seen enough; what is still buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written under the final name", file=sys.stderr)

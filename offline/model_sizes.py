@@ -1,0 +1,115 @@
+"""How large a model's parts are on disk, from its config and the safetensors headers or index: no tensor is read."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from .checkpoint import INDEX_FILE, Checkpoint, read_config, read_json, read_weight_map
+from .errors import CheckpointError
+from .experts import check_experts, expected_experts
+from .families import MoEShape, find_moe_shape
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A source model as `sizing` takes it.
+
+    `expert_bytes` are the routed experts' on disk, `other_bytes` everything else's; `read_from` says whether the
+    tensors' own headers gave them, or the index's total and the config.
+    """
+
+    model: str
+    config: Any
+    shape: MoEShape
+    expert_bytes: int
+    other_bytes: int
+    read_from: Literal["headers", "index"]
+
+
+def read_model_sizes(model: str) -> ModelSizes:
+    """Of a folder, or of a hub id `org/name` where there is no such folder.
+
+    A folder needs config.json and either every shard or the index alone. Of a hub id those two files are fetched.
+
+    Raises:
+        CheckpointError: neither folder nor hub id, the hub cannot be reached, or not a model that can be packed.
+    """
+    directory = Path(model) if Path(model).exists() else _fetch(model)
+    where = directory / "config.json"
+    quantization = read_json(where).get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(f"{model} is already quantized ({method}); give the original BF16 checkpoint")
+    config = read_config(directory)
+    shape = find_moe_shape(config, str(where))
+    index = directory / INDEX_FILE
+    if index.is_file():
+        weight_map = read_weight_map(index)
+        if not all((directory / shard).is_file() for shard in set(weight_map.values())):
+            return _from_index(model, index, set(weight_map), config, shape)
+    checkpoint = Checkpoint(directory)
+    check_experts(checkpoint, shape)
+    expert_bytes = sum(checkpoint.tensors[name].num_bytes for name in expected_experts(shape))
+    return ModelSizes(model, config, shape, expert_bytes, checkpoint.num_bytes - expert_bytes, "headers")
+
+
+def _from_index(model: str, index: Path, names: set[str], config: Any, shape: MoEShape) -> ModelSizes:
+    metadata = read_json(index).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(total, int | float):
+        raise CheckpointError(f"{index} has no `metadata.total_size`; put the checkpoint's shards beside it")
+    experts = expected_experts(shape)
+    lacking = sorted(experts.keys() - names)
+    if lacking:
+        raise CheckpointError(
+            f"{index} lacks {len(lacking)} of {len(experts)} expert tensors that config.json implies, the first is "
+            f"{lacking[0]}; only checkpoints with one 2-D tensor per expert matrix are packed"
+        )
+    dtype: torch.dtype = config.dtype or torch.bfloat16
+    expert_bytes = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
+    if total < expert_bytes:
+        raise CheckpointError(
+            f"{index} has a total_size of {int(total):,} bytes, but the experts alone are {expert_bytes:,} in {dtype}; "
+            f"put the checkpoint's shards beside it"
+        )
+    return ModelSizes(model, config, shape, expert_bytes, int(total) - expert_bytes, "index")
+
+
+def _fetch(model: str) -> Path:
+    """The folder of the hub's cache that config.json and the index of `model` are in."""
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model} does not exist; give the folder of a checkpoint or a hub id like org/name")
+    # It warns of every retry, and whoever has no network is told so once, below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        config = hf_hub_download(model, "config.json")
+        hf_hub_download(model, INDEX_FILE)
+    except RemoteEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{model} is not in this folder, and on the hub it lacks config.json or {INDEX_FILE} ({_flat(error)}); "
+            f"download it and give its folder"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{model} is not a folder here, and the Hugging Face hub cannot be reached for its config.json and "
+            f"{INDEX_FILE} (no network, or HF_HUB_OFFLINE is set); give the folder of a checkpoint"
+        ) from None
+    except Exception as error:
+        # Of its HTTP library's errors the hub's client lets some through, and that library changes with its version.
+        raise CheckpointError(
+            f"{model} is not a folder here, and the Hugging Face hub does not give its config.json and {INDEX_FILE}: "
+            f"{_flat(error)}"
+        ) from None
+    return Path(config).parent
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())
