@@ -20,10 +20,9 @@ from vllm_puzzle.format import (
 
 from .calibration import Calibrator, read_calibration
 from .checkpoint import Checkpoint, SourceHash
-from .errors import CheckpointError
 from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
-from .families import MoEShape, find_moe_shape
+from .families import MoEShape
 from .job import Job, names_by_layer
 from .mates import Mates
 from .merging import MergeStatistics
@@ -33,6 +32,7 @@ from .options import ConvertOptions, choose_recipe
 from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random
 from .plan import plan
 from .recipe import Recipe
+from .source import SourceCheckpoint
 from .writer import check_destination, new_checkpoint
 
 Report = Callable[[str], None]
@@ -50,18 +50,14 @@ def convert(
     Raises:
         CheckpointError: an option, the source or the destination is at fault; nothing was written under that name.
     """
-    checkpoint = Checkpoint(source)
-    if "quantization_config" in checkpoint.raw_config:
-        method = checkpoint.raw_config["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{source} is already quantized ({method}); convert the original BF16 checkpoint")
-    config = checkpoint.config
-    shape = find_moe_shape(config, str(source / "config.json"))
+    checkpoint = SourceCheckpoint(source)
+    config, shape = checkpoint.config, checkpoint.shape
     check_experts(checkpoint, shape)
     device = options.torch_device()
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
     all_paired = pairs == most_pairs(shape.num_experts, max_expert_parallel)
-    check_destination(destination, checkpoint.num_bytes)
+    check_destination(destination, checkpoint.plain_bytes)
     token_ids, calibration, calibrator = None, None, None
     if options.calibration is None:
         report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
@@ -158,7 +154,10 @@ def convert(
             checkpoint_bytes_after=writer.num_bytes,
             relative_error=total.relative_error,
         )
-        write_model_card(writer, ModelCard(source.absolute().name, destination.name, quantization, result, reports))
+        card = ModelCard(
+            source.absolute().name, destination.name, quantization, result, reports, checkpoint.is_quantized
+        )
+        write_model_card(writer, card)
     return result
 
 
@@ -176,7 +175,7 @@ def _choose_recipe(
     """The best recipe that the options leave open and the machine can do in reasonable time; says what it will cost."""
     experts = expected_experts(shape)
     sizes = {
-        layer: sum(checkpoint.tensors[name].num_bytes for name in group)
+        layer: sum(checkpoint.tensors[name].plain_bytes for name in group)
         for layer, group in names.items()
         if layer is not None
     }

@@ -5,12 +5,15 @@ from pathlib import Path
 from vllm_puzzle.format import unpack
 
 from .convert import Progress
+from .experts import fuse_experts
+from .job import names_by_layer
 from .packed import PackedCheckpoint
 from .writer import check_destination, new_checkpoint
 
 
 def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> None:
-    """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16 under its own name.
+    """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16, laid out as
+    the family's checkpoints on the hub are.
 
     Raises:
         CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
@@ -18,9 +21,9 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
     packed = PackedCheckpoint(source)
     checkpoint = packed.checkpoint
     check_destination(destination, 2 * checkpoint.num_bytes)
-    shards = checkpoint.by_shard(sorted(checkpoint.tensors))
-    with new_checkpoint(destination, len(shards)) as writer:
-        for names in shards.values():
+    layers = names_by_layer(checkpoint, packed.shape)
+    with new_checkpoint(destination, len(layers)) as writer:
+        for layer, names in layers.items():
             tensors = checkpoint.read(names)
             for name in names:
                 members = packed.members(name)
@@ -29,6 +32,8 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
                 words = tensors.pop(name)
                 for member, expert_name in enumerate(members):
                     tensors[expert_name] = unpack(words, member, packed.layout)
+            if layer in packed.shape.moe_layers:
+                fuse_experts(packed.shape, layer, tensors)
             writer.add_shard(tensors)
             progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
         writer.add_index()
