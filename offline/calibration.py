@@ -53,14 +53,15 @@ def read_calibration(
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps the arguments that the model calls it with."""
+    """Stands in for a decoder layer and keeps what the model calls it with."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.hidden_states = torch.empty(0)
         self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments = arguments
+        self.hidden_states, self.arguments = hidden_states, arguments
         return hidden_states
 
 
@@ -79,6 +80,23 @@ class _SilentExperts(nn.Module):
     ) -> torch.Tensor:
         self.calls.append((hidden_states, top_k_index, top_k_weights.float()))
         return torch.zeros_like(hidden_states)
+
+
+class _SilentWeighedExperts(_SilentExperts):
+    """The same where router weights go into the experts, one of which is chosen: each weighed input comes out once.
+
+    Such experts are called with all tokens once an expert, one expert after the other, and what an expert does not get
+    is zero: (num_experts * num_tokens, hidden_size).
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self._num_experts = num_experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        by_expert = hidden_states.unflatten(0, (self._num_experts, -1))
+        chosen = by_expert.abs().amax(dim=2).argmax(dim=0)[:, None]
+        return super().forward(by_expert.sum(dim=0), chosen, torch.ones_like(chosen)).new_zeros(hidden_states.shape)
 
 
 class HiddenStates:
@@ -121,7 +139,8 @@ class Calibrator:
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model.eval()
         # Rotary frequencies are computed, not loaded, so they must be built where there is memory for them.
-        self._model.rotary_emb = type(self._model.rotary_emb)(config).to(device)
+        if self._model.rotary_emb is not None:
+            self._model.rotary_emb = type(self._model.rotary_emb)(config).to(device)
         self._embedding = checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
         self._arguments: list[dict[str, Any]] = []
         self._layer = -1
@@ -135,7 +154,10 @@ class Calibrator:
         layers, norm = self._model.layers, self._model.norm
         recorders = [_Recorder() for _ in layers]
         self._model.layers, self._model.norm = nn.ModuleList(recorders), nn.Identity()
-        self._model(inputs_embeds=states[:1], use_cache=False)
+        for sequence in states.split(1):
+            self._model(inputs_embeds=sequence, use_cache=False)
+            # Some models scale their embeddings.
+            sequence.copy_(recorders[0].hidden_states)
         self._model.layers, self._model.norm = layers, norm
         self._arguments = [recorder.arguments for recorder in recorders]
         return HiddenStates(states)
@@ -146,30 +168,37 @@ class Calibrator:
         Raises:
             CheckpointError: they are not those of transformers' own model.
         """
-        prefix, experts = self._shape.layer_prefix(layer), self._shape.experts_prefix(layer) + "."
+        shape = self._shape
+        prefix, experts = shape.layer_prefix(layer), shape.experts_prefix(layer) + "."
         # The model's own layer stays without memory, for the next time.
         self._layer, self._module = layer, copy.deepcopy(self._model.layers[layer])
-        if layer in self._shape.moe_layers:
-            self._experts = self._module.mlp.experts = _SilentExperts()
+        if layer in shape.moe_layers:
+            self._experts = _SilentWeighedExperts(shape.num_experts) if shape.family.weighs_inputs else _SilentExperts()
+            self._module.get_submodule(shape.family.module).experts = self._experts
         state = {
-            name.removeprefix(prefix).replace(f"{self._shape.family.moe_block}.", "mlp."): tensor.to(
-                self._device, torch.bfloat16
-            )
+            shape.family.module_name(name.removeprefix(prefix)): tensor
             for name, tensor in tensors.items()
             if not name.startswith(experts)
         }
+        state = {name: tensor.to(self._device, self._dtype(name)) for name, tensor in state.items()}
         try:
             self._module.load_state_dict(state, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"layer {layer} does not fit transformers' own model: {reason}") from None
 
+    def _dtype(self, name: str) -> torch.dtype:
+        """What transformers itself loads a tensor as, in a model of bfloat16."""
+        in_float32 = any(part in name for part in self._model._keep_in_fp32_modules_strict)
+        return torch.float32 if in_float32 else torch.bfloat16
+
     @torch.inference_mode()
     def run(self, hidden: HiddenStates) -> RoutedTokens | None:
         """Carries `hidden` through the loaded layer, without the output of its routed experts: `add` that to it.
 
         Returns:
-            What enters the routed experts; None for a dense layer, which leaves nothing to be added.
+            What enters the routed experts, with weights by which their outputs add to the residual stream; None for a
+            dense layer, which leaves nothing to be added.
 
         Raises:
             CheckpointError: it is not finite.
@@ -186,4 +215,4 @@ class Calibrator:
                 f"layer {self._layer}: the calibration text reaches its experts as numbers that are not finite, so a "
                 f"weight before them is NaN, infinite or far too large; repair the checkpoint"
             )
-        return RoutedTokens(entering, ids, weights)
+        return RoutedTokens(entering, ids, weights * self._shape.residual_multiplier)

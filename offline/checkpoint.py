@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,28 @@ FLOATING_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of a tensor; `dtype` in safetensors' own spelling, e.g. `BF16`."""
+    """What a shard's header says of a tensor; `dtype` in safetensors' own spelling, e.g. `BF16`.
+
+    `num_bytes` is what it takes on disk, `plain_bytes` what it takes once it is read.
+    """
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+
+    @property
+    def plain_bytes(self) -> int:
+        return _num_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a shard, or the part of it that `index` picks."""
+
+    shard: str
+    name: str
+    index: tuple[int | slice, ...] = ()
 
 
 class Checkpoint:
@@ -57,6 +73,10 @@ class Checkpoint:
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
+    @property
+    def plain_bytes(self) -> int:
+        return sum(tensor.plain_bytes for tensor in self.tensors.values())
+
     def by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The given tensor names, grouped by the shard that holds them, in the order given."""
         shards: dict[str, list[str]] = {}
@@ -66,15 +86,22 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, mapped from their shards; raises CheckpointError where one cannot be read."""
+        return self.read_stored({name: Stored(self.tensors[name].shard, name) for name in names})
+
+    def read_stored(self, parts: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+        """Whatever the shards hold, under names of the caller's; raises CheckpointError where it cannot be read."""
         tensors = {}
-        for shard, wanted in self.by_shard(names).items():
+        for shard in sorted({part.shard for part in parts.values()}):
             with _open(self.path / shard) as file:
-                for name in wanted:
+                for name, part in parts.items():
+                    if part.shard != shard:
+                        continue
                     try:
-                        tensors[name] = file.get_tensor(name)
+                        whole = file.get_slice(part.name) if part.index else None
+                        tensors[name] = file.get_tensor(part.name) if whole is None else whole[part.index]
                     except (SafetensorError, OSError) as error:
-                        raise CheckpointError(f"{self.path / shard}: {name} cannot be read ({error})") from None
-        return tensors
+                        raise CheckpointError(f"{self.path / shard}: {part.name} cannot be read ({error})") from None
+        return {name: tensors[name] for name in parts}
 
     def other_files(self) -> list[Path]:
         """The files that travel along unchanged: tokenizer, generation config, chat template, licence."""

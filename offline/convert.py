@@ -22,10 +22,9 @@ from vllm_puzzle.format import (
 
 from .calibration import Calibrator, read_calibration
 from .checkpoint import Checkpoint, SourceHash
-from .errors import CheckpointError
 from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
-from .families import MoEShape, find_moe_shape
+from .families import MoEShape
 from .job import Job, names_by_layer
 from .journal import work_directory
 from .manifest import MANIFEST_FILE, Manifest
@@ -38,6 +37,7 @@ from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random
 from .parallel import Workers
 from .plan import plan
 from .recipe import Recipe
+from .source import SourceCheckpoint
 from .unit_runner import write_all
 from .units import LayerReport, Unit, UnitResult, mates_from_json, plan_units
 from .writer import CheckpointWriter, check_destination
@@ -66,18 +66,14 @@ def convert(
     Raises:
         CheckpointError: an option, the source or the destination is at fault; nothing was written under that name.
     """
-    checkpoint = Checkpoint(source)
-    if "quantization_config" in checkpoint.raw_config:
-        method = checkpoint.raw_config["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{source} is already quantized ({method}); convert the original BF16 checkpoint")
-    config = checkpoint.config
-    shape = find_moe_shape(config, str(source / "config.json"))
+    checkpoint = SourceCheckpoint(source)
+    config, shape = checkpoint.config, checkpoint.shape
     check_experts(checkpoint, shape)
     device = options.torch_device()
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
     all_paired = pairs == most_pairs(shape.num_experts, max_expert_parallel)
-    check_destination(destination, 0 if resume else checkpoint.num_bytes)
+    check_destination(destination, 0 if resume else checkpoint.plain_bytes)
     token_ids, calibration, calibrator = None, None, None
     if options.calibration is None:
         report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
@@ -231,7 +227,8 @@ def _finish(
     writer.add_json(MANIFEST_FILE, manifest.model_dump())
     for file in checkpoint.other_files():
         writer.add_copy(file)
-    write_model_card(writer, ModelCard(checkpoint.path.absolute().name, name, quantization, result, reports))
+    source = checkpoint.path.absolute().name
+    write_model_card(writer, ModelCard(source, name, quantization, result, reports, checkpoint.is_quantized))
     return result
 
 
@@ -249,7 +246,7 @@ def _choose_recipe(
     """The best recipe that the options leave open and the machine can do in reasonable time; says what it will cost."""
     experts = expected_experts(shape)
     sizes = {
-        layer: sum(checkpoint.tensors[name].num_bytes for name in group)
+        layer: sum(checkpoint.tensors[name].plain_bytes for name in group)
         for layer, group in names.items()
         if layer is not None
     }

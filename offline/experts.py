@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 
@@ -39,6 +39,17 @@ def layer_experts(
     return ExpertWeights(gate, up, down, activation)
 
 
+def fuse_experts(shape: MoEShape, layer: int, tensors: MutableMapping[str, torch.Tensor]) -> None:
+    """Puts a layer's matrices into three-dimensional tensors, where the family is published so and tools expect it."""
+    if not shape.family.hub_is_fused:
+        return
+    fused = shape.family.fused[0]
+    gate, up, down = zip(*([tensors.pop(name) for name in names] for names in layer_names(shape, layer)), strict=True)
+    gate_up = torch.stack([torch.cat(rows) for rows in zip(gate, up, strict=True)])
+    for name, whole in ((fused.gate_up, gate_up), (fused.down, torch.stack(down))):
+        tensors[shape.block_prefix(layer) + name] = whole.mT if fused.transposed else whole
+
+
 def check_storable(experts: ExpertWeights, names: Sequence[Sequence[str]]) -> None:
     """Raises FormatError for the first element that no packed word can hold; names its tensor and index.
 
@@ -60,7 +71,7 @@ def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
     for name, size in expected.items():
         _check_tensor(checkpoint, name, size)
     for name in sorted(checkpoint.tensors):
-        if name not in expected and ".experts." in name:
+        if name not in expected and ".experts." in name and not shape.is_mtp(name):
             raise CheckpointError(
                 f"{checkpoint.path}: nothing is known of expert tensor {name}; {shape.family.architecture} experts are "
                 f"2-D tensors named like {next(iter(expected))}"

@@ -9,6 +9,7 @@ from .checkpoint import Checkpoint
 from .families import MoEShape
 from .layer import Activation
 from .recipe import Recipe
+from .source import SourceCheckpoint
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Job:
     (num_sequences, sequence_length), are both None where no text was given.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: SourceCheckpoint
     names: dict[int | None, list[str]]
     shape: MoEShape
     activation: Activation

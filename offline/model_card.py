@@ -21,13 +21,14 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything the card tells."""
+    """Everything the card tells; `dequantized` says that the source was FP8."""
 
     source: str
     name: str
     quantization: PuzzleMoEQuantizationConfig
     result: ConvertResult
     layers: list[LayerReport]
+    dequantized: bool
 
 
 _TEMPLATE = """\
@@ -37,7 +38,7 @@ tags: [vllm, moe, puzzlemoe]
 # {name}
 
 `{source}` with its routed experts packed by vllm-puzzle {version}: mates share one magnitude per element,
-and one 16-bit word holds it with both experts' masks and signs. Everything else is the source's, bit for bit.
+and one 16-bit word holds it with both experts' masks and signs. Everything else is the source's, {rest}.
 
 ```
 pip install vllm-puzzle
@@ -100,6 +101,7 @@ def write_model_card(writer: CheckpointWriter, card: ModelCard) -> None:
         checkpoint_before=result.checkpoint_bytes_before,
         checkpoint_after=result.checkpoint_bytes_after,
         checkpoint_ratio=result.checkpoint_bytes_after / result.checkpoint_bytes_before,
+        rest="its FP8 tensors written as BF16" if card.dequantized else "bit for bit",
         rule=rule,
         pairing=provenance.pairing,
         compression=provenance.compression,

@@ -37,7 +37,7 @@ class Planned:
 
     @classmethod
     def copy_of(cls, name: str, info: TensorInfo) -> "Planned":
-        return cls(name, info.dtype, info.shape, info.num_bytes)
+        return cls(name, info.dtype, info.shape, info.plain_bytes)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint
 from .convert import Progress
 from .errors import CheckpointError
 from .packed import PackedCheckpoint
+from .source import SourceCheckpoint
 
 # Of the check of functions: random inputs, and a cosine that unrelated experts do not reach. It is low because an
 # expert that no token reached may lose all but that to its mate.
@@ -33,7 +34,7 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
         CheckpointError: the first difference: a tensor outside the experts that changed, is missing or is new, a word
             that no converter writes, or an element that the rule could not have made from its source.
     """
-    original, packed = Checkpoint(source), PackedCheckpoint(packed_path)
+    original, packed = SourceCheckpoint(source), PackedCheckpoint(packed_path)
     untouched = packed_count = 0
     seen: set[str] = set()
     for name in sorted(packed.checkpoint.tensors):

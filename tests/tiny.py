@@ -1,9 +1,11 @@
-"""Tiny checkpoints of every supported family, in the layout of the hub: one 2-D tensor per expert matrix."""
+"""Tiny checkpoints of every supported family, in the layout of the hub."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +28,31 @@ _COMMON: dict[str, Any] = {
     "initializer_range": 0.15,
 }
 
+_DEEPSEEK: dict[str, Any] = {
+    "intermediate_size": 64,
+    "moe_intermediate_size": INTERMEDIATE_SIZE,
+    "n_routed_experts": NUM_EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.7,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+}
+
+_GRANITE: dict[str, Any] = {
+    "intermediate_size": INTERMEDIATE_SIZE,
+    "num_local_experts": NUM_EXPERTS,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": INTERMEDIATE_SIZE, "num_local_experts": NUM_EXPERTS},
     "qwen2_moe": {
@@ -44,17 +71,150 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmoe": {"intermediate_size": INTERMEDIATE_SIZE, "num_experts": NUM_EXPERTS, "num_key_value_heads": 3},
+    "deepseek_v2": {
+        **_DEEPSEEK,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+    },
+    "deepseek_v3": {
+        **_DEEPSEEK,
+        "q_lora_rank": 28,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+    },
+    "glm4_moe": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": INTERMEDIATE_SIZE,
+        "n_routed_experts": NUM_EXPERTS,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.7,
+        "head_dim": 32,
+        "use_qk_norm": True,
+    },
+    "phimoe": {
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_local_experts": NUM_EXPERTS,
+        "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "ernie4_5_moe": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": INTERMEDIATE_SIZE,
+        "moe_num_experts": NUM_EXPERTS,
+        "moe_k": TOP_K,
+        "moe_num_shared_experts": 1,
+    },
+    "granitemoe": _GRANITE,
+    "granitemoehybrid": {
+        **_GRANITE,
+        "shared_intermediate_size": 48,
+        "position_embedding_type": "rope",
+        "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        "mamba_n_heads": 6,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 32,
+    },
+    "llama4_text": {
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts_per_tok": 1,
+        # Every second layer.
+        "interleave_moe_layer_step": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        # Two layers with rotary embeddings and a window, two without.
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": 128,
+    },
+    "minimax_m2": {
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_local_experts": NUM_EXPERTS,
+        "head_dim": 32,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
+    "qwen3_next": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": INTERMEDIATE_SIZE,
+        "shared_expert_intermediate_size": 48,
+        "num_experts": NUM_EXPERTS,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+
+# The classes that transformers spells otherwise than the hub.
+_HUB_ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+
+# The three-dimensional tensors of the families that are published with them.
+_FUSED = {
+    "input_linear.weight": ("gate_proj", "up_proj"),
+    "output_linear.weight": ("down_proj",),
+    "experts.gate_up_proj": ("gate_proj", "up_proj"),
+    "experts.down_proj": ("down_proj",),
 }
 
 
-def build_tiny(family: str, path: Path, **overrides: Any) -> Path:
-    """Writes a tiny random checkpoint with a byte-level tokenizer; returns `path`."""
+def build_tiny(
+    family: str, path: Path, router_bias: bool = True, save: dict[str, Any] | None = None, **overrides: Any
+) -> Path:
+    """Writes a tiny random checkpoint with a byte-level tokenizer; returns `path`.
+
+    Args:
+        router_bias: where the family's router has a bias by which it chooses, makes that random; it is zero otherwise.
+        save: options of `save_pretrained`.
+    """
     config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
     torch.manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(path)
+    for module in model.modules():
+        bias = getattr(module, "e_score_correction_bias", None)
+        if isinstance(bias, torch.Tensor) and router_bias:
+            bias.data = 0.1 * torch.rand(bias.shape)
+    model.save_pretrained(path, **(save or {}))
     _byte_tokenizer().save_pretrained(path)
+    written = json.loads((path / "config.json").read_text())
+    written["architectures"] = [_HUB_ARCHITECTURES.get(name, name) for name in written["architectures"]]
+    (path / "config.json").write_text(json.dumps(written))
     return path
+
+
+def add_mtp_layer(path: Path, new: str = f"model.layers.{NUM_LAYERS}.") -> list[str]:
+    """Adds a layer for multi-token prediction, with experts of its own, as `new`; returns its names."""
+    tensors = load_file(path / "model.safetensors")
+    last = f"model.layers.{NUM_LAYERS - 1}."
+    added = {new + name.removeprefix(last): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        added[f"{new}{name}.weight"] = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16)
+    added[f"{new}eh_proj.weight"] = torch.ones(HIDDEN_SIZE, 2 * HIDDEN_SIZE, dtype=torch.bfloat16)
+    save_file({**tensors, **added}, path / "model.safetensors", {"format": "pt"})
+    return sorted(added)
+
+
+def by_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with a matrix `...experts.{id}.{projection}.weight` for each that lies in a three-dimensional tensor."""
+    split = {}
+    for name, tensor in tensors.items():
+        suffix = next((suffix for suffix in _FUSED if name.endswith(f".{suffix}") and tensor.ndim == 3), None)
+        if suffix is None:
+            split[name] = tensor
+            continue
+        block = name.removesuffix(suffix)
+        # Rows of 2 * 40 or 96; whatever has them last is transposed.
+        rows = 2 * INTERMEDIATE_SIZE if len(_FUSED[suffix]) == 2 else HIDDEN_SIZE
+        whole = tensor if tensor.shape[1] == rows else tensor.mT
+        for projection, part in zip(_FUSED[suffix], whole.chunk(len(_FUSED[suffix]), dim=1), strict=True):
+            split.update({f"{block}experts.{e}.{projection}.weight": part[e].contiguous() for e in range(NUM_EXPERTS)})
+    return split
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

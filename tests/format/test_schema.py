@@ -122,6 +122,13 @@ def test_complete_names_pass() -> None:
     check_packed_names(names(), quantization(), "m")
 
 
+@pytest.mark.parametrize(
+    "extra", ["model.layers.3.mlp.experts.0.up_proj.weight", "mtp.layers.1.mlp.experts.0.w1.weight"]
+)
+def test_plain_experts_outside_the_packed_layers_pass(extra: str) -> None:
+    check_packed_names([*names(), extra], quantization(), "m")
+
+
 def test_a_missing_packed_tensor_is_named() -> None:
     lost = "model.layers.2.mlp.experts.5.up_proj.weight_packed"
     with pytest.raises(FormatError, match=f"m: packed tensor {lost} is missing"):

@@ -14,11 +14,11 @@ import vllm_puzzle.offline.units
 from tests.tiny import FAMILIES, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.offline.calibration import Calibrator, HiddenStates, read_calibration
-from vllm_puzzle.offline.checkpoint import Checkpoint
 from vllm_puzzle.offline.experts import layer_experts
-from vllm_puzzle.offline.families import MoEShape, find_moe_shape
+from vllm_puzzle.offline.families import MoEShape
 from vllm_puzzle.offline.layer import RoutedTokens
 from vllm_puzzle.offline.layer_merging import MergedLayer
+from vllm_puzzle.offline.source import SourceCheckpoint
 from vllm_puzzle.offline.statistics import input_norms
 
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(1500))
@@ -28,7 +28,7 @@ TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(1500))
 class WholeModel:
     """What transformers' own model did with some tokens: per layer, all sequences one after the other.
 
-    `entering` is what the stock experts modules were called with (hidden, ids, router weights), `leaving` the states
+    `entering` is what the stock experts modules were given (hidden, ids, router weights), `leaving` the states
     after each decoder layer. The model's weights are `layers`.
     """
 
@@ -37,13 +37,30 @@ class WholeModel:
     leaving: list[torch.Tensor]
 
 
+def moe_block(layer: Any) -> Any:
+    """What transformers calls mlp in most families."""
+    return next(getattr(layer, name) for name in ("mlp", "block_sparse_moe", "feed_forward") if hasattr(layer, name))
+
+
+def routed(experts: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """(hidden, ids, router weights) of a call of an experts module.
+
+    Llama 4 gives every expert all tokens, times the router weight of the one that is chosen and zero for the others.
+    """
+    if len(arguments) == 3:
+        return arguments
+    weighed = arguments[0].view(experts.num_experts, -1, experts.hidden_size)
+    chosen = [[int(expert.any(dim=1).nonzero()[0])] for expert in weighed.unbind(dim=1)]
+    return weighed.sum(dim=0), torch.tensor(chosen), torch.ones(len(chosen), 1)
+
+
 def run_whole_model(path: Path, token_ids: torch.Tensor, shape: MoEShape) -> WholeModel:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     calls: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in shape.moe_layers}
     leaving: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     for layer in shape.moe_layers:
-        model.model.layers[layer].mlp.experts.register_forward_pre_hook(
-            lambda module, args, layer=layer: calls[layer].append(args)
+        moe_block(model.model.layers[layer]).experts.register_forward_pre_hook(
+            lambda module, args, layer=layer: calls[layer].append(routed(module, args))
         )
     for layer, module in enumerate(model.model.layers):
         module.register_forward_hook(lambda module, args, output, layer=layer: leaving[layer].append(output[0]))
@@ -60,9 +77,12 @@ def run_whole_model(path: Path, token_ids: torch.Tensor, shape: MoEShape) -> Who
 def sums_of_the_whole_model(whole: WholeModel, layer: int) -> list[torch.Tensor]:
     """Of every expert: how many tokens it had, the norms of its inputs, and its squared router weights."""
     states, index, weights = whole.entering[layer]
-    experts = whole.layers[layer].mlp.experts
+    weights = weights * getattr(whole.layers[layer], "residual_multiplier", 1)
+    every_gate_up = moe_block(whole.layers[layer]).experts.gate_up_proj
+    if every_gate_up.shape[1] == states.shape[1]:
+        every_gate_up = every_gate_up.mT
     sums = []
-    for expert, gate_up in enumerate(experts.gate_up_proj):
+    for expert, gate_up in enumerate(every_gate_up):
         x = states[(index == expert).any(dim=1)].double()
         gate, up = (x @ gate_up.double().T).chunk(2, dim=-1)
         intermediate = torch.nn.functional.silu(gate) * up
@@ -80,9 +100,8 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers"
 def test_norms_are_those_of_the_whole_model(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     path = build_tiny(family, tmp_path / "m", **overrides)
     (tmp_path / "text").write_text(TEXT)
-    checkpoint = Checkpoint(path)
-    config = checkpoint.config
-    shape = find_moe_shape(config, "m")
+    checkpoint = SourceCheckpoint(path)
+    config, shape = checkpoint.config, checkpoint.shape
     token_ids, calibration = read_calibration(tmp_path / "text", checkpoint, config, 4)
     # The model's longest sequence is shorter than the usual 2048.
     assert token_ids.shape == (4, 256)
@@ -94,23 +113,23 @@ def test_norms_are_those_of_the_whole_model(family: str, overrides: dict[str, An
     for layer in range(shape.num_hidden_layers):
         tensors = checkpoint.read([name for name in checkpoint.tensors if name.startswith(shape.layer_prefix(layer))])
         calibrator.load(layer, tensors)
-        routed = calibrator.run(hidden)
-        assert (routed is None) == (layer not in shape.moe_layers)
-        if routed is not None:
+        seen = calibrator.run(hidden)
+        assert (seen is None) == (layer not in shape.moe_layers)
+        if seen is not None:
             experts = layer_experts(shape, layer, tensors, ACT2FN[config.hidden_act], torch.device("cpu"))
             sums = []
             for expert in range(shape.num_experts):
-                tokens, weights = routed.of(expert)
-                norms = input_norms(experts, expert, routed)
+                tokens, weights = seen.of(expert)
+                norms = input_norms(experts, expert, seen)
                 sums.append((torch.tensor(float(len(tokens))), *norms, weights.square().sum()))
             got = [torch.stack(each).double() for each in zip(*sums, strict=True)]
             wanted = sums_of_the_whole_model(whole, layer)
             # Routing may differ for a few tokens on a tie, where the two sum an expert's products in another order.
-            assert got[0].sum() == wanted[0].sum() == routed.topk_ids.numel()
+            assert got[0].sum() == wanted[0].sum() == seen.topk_ids.numel()
             assert (got[0] - wanted[0]).abs().sum() <= 0.02 * wanted[0].sum()
             for mine, whole_model in zip(got[1:], wanted[1:], strict=True):
                 assert (mine - whole_model).norm() <= 0.03 * whole_model.norm()
-            hidden.add(routed.through(experts))
+            hidden.add(seen.through(experts))
         leaving = whole.leaving[layer].float()
         # Of most tokens, for the same reason.
         assert (hidden.tokens - leaving).norm(dim=1).median() <= 0.02 * leaving.norm(dim=1).median()
@@ -127,7 +146,7 @@ def test_what_experts_answer_is_added_in_float32() -> None:
     assert bool((copy.states == 258).all())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe", "llama4_text"])
 def test_each_layer_makes_up_for_the_merged_layers_before_it(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,17 +165,17 @@ def test_each_layer_makes_up_for_the_merged_layers_before_it(
     options = ["--calibration", str(tmp_path / "text"), "--calibration-sequences", "2", "--rule", "compensated"]
     assert main(["convert", str(path), str(packed), *options]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0
-    checkpoint = Checkpoint(path)
-    shape = find_moe_shape(checkpoint.config, "m")
+    checkpoint = SourceCheckpoint(path)
+    shape = checkpoint.shape
     token_ids, _ = read_calibration(tmp_path / "text", checkpoint, checkpoint.config, 2)
     source, merged = (run_whole_model(model, token_ids, shape) for model in (path, plain))
     assert len(calls) == len(shape.moe_layers)
-    for layer, (routed, lacking) in zip(shape.moe_layers, calls, strict=True):
+    for layer, (arrived, lacking) in zip(shape.moe_layers, calls, strict=True):
         before, after = (whole.entering[layer][0].float() for whole in (source, merged))
         # Of most tokens: on a tie the two may route a token elsewhere.
-        away, drift = ((routed.hidden - each).norm(dim=1).median() for each in (after, before))
+        away, drift = ((arrived.hidden - each).norm(dim=1).median() for each in (after, before))
         assert away < 0.02 * after.norm(dim=1).median()
-        if layer > 0:
+        if layer > shape.moe_layers[0]:
             # Far enough from the source for this to tell anything.
             assert away < 0.5 * drift
         # And what it still lacks then is known, but for what both models round.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny
+from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny, by_expert
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig, parse_packed_name
 
@@ -32,11 +32,12 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, those of all experts split into each expert's."""
     tensors = {}
     for shard in path.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return tensors
+    return by_expert(tensors)
 
 
 def expert_bytes(tensors: dict[str, torch.Tensor]) -> int:

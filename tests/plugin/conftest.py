@@ -1,10 +1,11 @@
-"""Packed checkpoints and their unpacked twins, made once a session for every family."""
+"""Packed checkpoints and their unpacked twins, made once a session for every family that vLLM serves on a CPU."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import FAMILIES, build_tiny
+from tests.plugin.engine import SERVED
+from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
 
 TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(200))
@@ -26,9 +27,10 @@ def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """By family: (packed, unpacked)."""
     made = {}
-    for family in FAMILIES:
+    for family, overrides in SERVED.items():
         folder = tmp_path_factory.mktemp(family)
-        made[family] = pack_and_unpack(build_tiny(family, folder / "source"), folder, TEXT)
+        source = build_tiny(family, folder / "source", **overrides)
+        made[family] = pack_and_unpack(source, folder, TEXT)
     return made
 
 

@@ -12,6 +12,32 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 NUM_CANDIDATES = 5
 
+_ATTENTION_ALONE = {"layer_types": ["full_attention"] * 3}
+# Latent attention decodes on a CPU at the sizes of the published models alone.
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+
+# The families that vLLM 0.32 serves on a CPU, and how their tiny models must differ for that. Recurrent layers have no
+# kernels there, the bias of Ernie's router is ignored, and MiniMax-M2's router fails.
+SERVED: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "olmoe": {},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe": {},
+    "phimoe": {},
+    "ernie4_5_moe": {"router_bias": False},
+    "granitemoe": {},
+    "granitemoehybrid": _ATTENTION_ALONE,
+    "llama4_text": {},
+    "qwen3_next": _ATTENTION_ALONE,
+}
+
+# vLLM 0.32's rotary kernel for CPUs gives DeepSeek wrong numbers, packed or not; torch's own operations do not.
+_TORCH_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"deepseek_v2": _TORCH_ROTARY, "deepseek_v3": _TORCH_ROTARY}
+
 
 @dataclass(frozen=True)
 class Greedy:

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.plugin.engine import (
+    ENGINE_OPTIONS,
+    SERVED,
     Greedy,
     assert_same_logprobs,
     assert_same_tokens,
@@ -22,7 +24,7 @@ from tests.plugin.engine import (
     running,
     witness,
 )
-from tests.tiny import FAMILIES, build_tiny
+from tests.tiny import add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.kernels.triton import INTERPRETED
 
@@ -36,7 +38,7 @@ def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("vector_kernels")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4_text"])
 def test_greedy_tokens_in_bfloat16(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
     results = []
     for checkpoint in checkpoints[family]:
@@ -45,12 +47,13 @@ def test_greedy_tokens_in_bfloat16(family: str, checkpoints: dict[str, tuple[Pat
     assert_same_tokens(*results)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_three_witnesses_in_float32(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
     packed, unpacked = checkpoints[family]
-    with running(packed, dtype="float32") as llm:
+    options = {"dtype": "float32", **ENGINE_OPTIONS.get(family, {})}
+    with running(packed, **options) as llm:
         from_packed = generate(llm, PROMPTS, MAX_TOKENS)
-    with running(unpacked, dtype="float32") as llm:
+    with running(unpacked, **options) as llm:
         from_unpacked = generate(llm, PROMPTS, MAX_TOKENS)
     model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
     assert_same_logprobs(from_packed, from_unpacked, tolerance=1e-3)
@@ -135,6 +138,14 @@ def test_the_triton_engine_gives_the_same(
             # The first prompt is left out: two tokens tie there.
             results.append(generate(llm, [prompt[:6] for prompt in PROMPTS[1:3]], 4))
     assert_same_logprobs(*results, tolerance=1e-2)
+
+
+def test_layers_for_multi_token_prediction_are_passed_over(tmp_path: Path) -> None:
+    source, packed = build_tiny("deepseek_v3", tmp_path / "source", **SERVED["deepseek_v3"]), tmp_path / "packed"
+    add_mtp_layer(source)
+    assert main(["convert", str(source), str(packed)]) == 0
+    with running(packed, dtype="float32") as llm:
+        assert len(generate(llm, PROMPTS[:1], 4)[0].tokens) == 4
 
 
 def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:

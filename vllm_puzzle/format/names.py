@@ -51,7 +51,10 @@ def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantization
         parsed = parse_packed_name(name)
         layer = layer_index(name)
         if parsed is None or layer is None:
-            if ".experts." in name:
+            # Layers for multi-token prediction keep plain experts: a layer that no slots are listed for, or outside
+            # the model. vLLM refuses a decoder layer without slots by itself.
+            plain = name.startswith("mtp.") or (layer is not None and layer not in first_members)
+            if ".experts." in name and not plain:
                 raise FormatError(f"{where}: {name} is an expert tensor that is not packed; convert the source again")
             continue
         prefix, expert, projection = parsed
