@@ -185,12 +185,16 @@ def _unpack(arguments: argparse.Namespace) -> None:
     print(f"{arguments.destination}: every expert in BF16 under its own name")
 
 
+def _inspect(arguments: argparse.Namespace) -> None:
+    inspect(arguments, _progress)
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
     "convert": ("pack a checkpoint", _add_convert, _convert),
     "verify": ("check a packed checkpoint against its source", _add_verify, _verify),
     "unpack": ("write a packed checkpoint back in BF16", _add_unpack, _unpack),
     "plan": ("say what packing would save and where the model would fit", add_plan, plan),
-    "inspect": ("show what a packed checkpoint holds", add_inspect, lambda arguments: inspect(arguments, _progress)),
+    "inspect": ("show what a packed checkpoint holds", add_inspect, _inspect),
 }
 
 
