@@ -146,7 +146,7 @@ def test_what_experts_answer_is_added_in_float32() -> None:
     assert bool((copy.states == 258).all())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe", "llama4_text"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "granitemoe"])
 def test_each_layer_makes_up_for_the_merged_layers_before_it(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
