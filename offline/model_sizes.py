@@ -10,10 +10,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from .checkpoint import INDEX_FILE, Checkpoint, read_config, read_json, read_weight_map
+from .checkpoint import INDEX_FILE, read_config, read_json, read_weight_map
 from .errors import CheckpointError
-from .experts import check_experts, expected_experts
+from .experts import check_experts, expected_experts, layer_names
 from .families import MoEShape, find_moe_shape
+from .source import SourceCheckpoint
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -55,7 +56,7 @@ def read_model_sizes(model: str) -> ModelSizes:
         weight_map = read_weight_map(index)
         if not all((directory / shard).is_file() for shard in set(weight_map.values())):
             return _from_index(model, index, set(weight_map), config, shape)
-    checkpoint = Checkpoint(directory)
+    checkpoint = SourceCheckpoint(directory)
     check_experts(checkpoint, shape)
     expert_bytes = sum(checkpoint.tensors[name].num_bytes for name in expected_experts(shape))
     return ModelSizes(model, config, shape, expert_bytes, checkpoint.num_bytes - expert_bytes, "headers")
@@ -67,11 +68,11 @@ def _from_index(model: str, index: Path, names: set[str], config: Any, shape: Mo
     if not isinstance(total, int | float):
         raise CheckpointError(f"{index} has no `metadata.total_size`; put the checkpoint's shards beside it")
     experts = expected_experts(shape)
-    lacking = sorted(experts.keys() - names)
+    lacking = sorted(experts.keys() - names - _fused_experts(names, shape))
     if lacking:
         raise CheckpointError(
             f"{index} lacks {len(lacking)} of {len(experts)} expert tensors that config.json implies, the first is "
-            f"{lacking[0]}; only checkpoints with one 2-D tensor per expert matrix are packed"
+            f"{lacking[0]}; download it again"
         )
     dtype: torch.dtype = config.dtype or torch.bfloat16
     expert_bytes = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
@@ -81,6 +82,16 @@ def _from_index(model: str, index: Path, names: set[str], config: Any, shape: Mo
             f"put the checkpoint's shards beside it"
         )
     return ModelSizes(model, config, shape, expert_bytes, int(total) - expert_bytes, "index")
+
+
+def _fused_experts(names: set[str], shape: MoEShape) -> set[str]:
+    """The names of the matrices that lie in three-dimensional tensors among `names`."""
+    found: set[str] = set()
+    for layer in shape.moe_layers:
+        prefix = shape.block_prefix(layer)
+        if any({prefix + fused.gate_up, prefix + fused.down} <= names for fused in shape.family.fused):
+            found.update(name for expert in layer_names(shape, layer) for name in expert)
+    return found
 
 
 def _fetch(model: str) -> Path:

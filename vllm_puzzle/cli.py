@@ -182,7 +182,7 @@ def _unpack(arguments: argparse.Namespace) -> None:
 
     with _progress("unpacking") as progress:
         unpack_checkpoint(arguments.packed, arguments.destination, progress)
-    print(f"{arguments.destination}: every expert in BF16 under its own name")
+    print(f"{arguments.destination}: every expert in BF16, in the layout of the hub")
 
 
 @contextmanager
