@@ -10,6 +10,8 @@ from vllm_puzzle.format import find_invalid_word, nearest_magnitude, packed_name
 from .checkpoint import Checkpoint
 from .convert import Progress
 from .errors import CheckpointError
+from .journal import sha256_of
+from .manifest import MANIFEST_FILE, read_manifest
 from .packed import PackedCheckpoint
 from .source import SourceCheckpoint
 
@@ -32,7 +34,8 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
 
     Raises:
         CheckpointError: the first difference: a tensor outside the experts that changed, is missing or is new, a word
-            that no converter writes, or an element that the rule could not have made from its source.
+            that no converter writes, an element that the rule could not have made from its source, or a shard with
+            another checksum than the manifest's.
     """
     original, packed = SourceCheckpoint(source), PackedCheckpoint(packed_path)
     untouched = packed_count = 0
@@ -60,7 +63,25 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
     missing = sorted(set(original.tensors) - seen)
     if missing:
         raise CheckpointError(f"{packed_path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
+    _check_files(packed)
     return VerifyResult(untouched, packed_count)
+
+
+def _check_files(packed: PackedCheckpoint) -> None:
+    """That the shards are, to the byte, those the converter wrote: what no tensor shows, and what came after it."""
+    path = packed.checkpoint.path
+    manifest = read_manifest(path)
+    shards = {info.shard for info in packed.checkpoint.tensors.values()}
+    for entry in manifest.shards:
+        if entry.file not in shards:
+            raise CheckpointError(f"{path / MANIFEST_FILE} names {entry.file}, which the index does not; convert again")
+        if sha256_of(path / entry.file) != entry.sha256:
+            raise CheckpointError(
+                f"{path / entry.file} has another SHA-256 than {MANIFEST_FILE} says; copy or convert it again"
+            )
+    unnamed = sorted(shards - {entry.file for entry in manifest.shards})
+    if unnamed:
+        raise CheckpointError(f"{path / MANIFEST_FILE} says nothing of {unnamed[0]}; convert again")
 
 
 def _check_untouched(name: str, tensor: torch.Tensor, source: torch.Tensor, path: Path) -> None:

@@ -65,6 +65,12 @@ def measure_growth(work: Path, shape: Shape) -> dict[str, object]:
     return {"layers": shape.num_hidden_layers, "peak_rss_bytes": run.peak_rss_bytes, "seconds": run.seconds}
 
 
+def _tell(result: dict[str, object]) -> dict[str, object]:
+    # Each part takes minutes: whoever stops the run keeps those before.
+    print(json.dumps(result), file=sys.stderr, flush=True)
+    return result
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the figures go")
@@ -73,10 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     try:
         result = measure_rates(args.work, Shape(LAYERS, 4096, 14336), ROUNDS)
-        result["twice_the_layers"] = measure_growth(args.work, Shape(2 * LAYERS, 4096, 14336))
+        _tell(result)
+        result["twice_the_layers"] = _tell(measure_growth(args.work, Shape(2 * LAYERS, 4096, 14336)))
         write_source(args.work / "source", SMALL)
-        result["kill_test"] = kill_and_resume(args.work / "source", args.work, KILLS, seed=0)
-        result["fuzz"] = fuzz(args.work / "fuzz", FUZZED_FILES, seed=0)
+        result["kill_test"] = _tell(kill_and_resume(args.work / "source", args.work, KILLS, seed=0))
+        result["fuzz"] = _tell(fuzz(args.work / "fuzz", FUZZED_FILES, seed=0))
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"{parser.prog}: {error}")
     finally:

@@ -161,3 +161,26 @@ def test_verify_knows_what_an_expert_alone_holds_under_every_rule(
     )
     spoiler.spoil(lambda tensors: tensors[word][1].__setitem__(2, tensors[word][1, 2] ^ 1))
     assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, f"{word}[1, 2]", "cannot make")
+
+
+def test_files_are_those_that_were_written(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = tmp_path / "packed"
+    assert main(["convert", str(source), str(packed), "--rule", "paper"]) == 0
+    shard = packed / "model-00002-of-00004.safetensors"
+    content = shard.read_bytes()
+    # What no tensor shows.
+    assert content.count(b'"format":"pt"') == 1
+    shard.write_bytes(content.replace(b'"format":"pt"', b'"format":"tp"'))
+    assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, str(shard), "SHA-256")
+    shard.write_bytes(content)
+    manifest = packed / "puzzlemoe_manifest.json"
+    written = manifest.read_text()
+    for change, part in (
+        (written.replace("00002-of", "00009-of"), "which the index does not"),
+        (written.replace("tool_version", "tool"), "tool_version"),
+        ("{", "cannot be read as JSON"),
+    ):
+        manifest.write_text(change)
+        assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, str(manifest), part)
+    manifest.unlink()
+    assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, str(manifest), "is missing")
