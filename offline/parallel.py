@@ -79,7 +79,12 @@ def write_units(
 def _pool(workers: Workers, threads: int) -> AbstractContextManager[_Pool]:
     if workers.ray is not None:
         return RayPool(workers.ray, threads)
-    return ProcessPoolExecutor(workers.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    return ProcessPoolExecutor(workers.jobs, get_context("spawn"), _begin, (threads,))
+
+
+def _begin(threads: int) -> None:
+    # By a name of ours: vLLM's CPU worker replaces torch's function by one that no other process can be sent.
+    torch.set_num_threads(threads)
 
 
 def _first(waiting: deque[tuple[Unit, _Result]]) -> tuple[Unit, UnitResult]:

@@ -184,8 +184,10 @@ def test_a_process_that_is_killed_leaves_what_can_be_gone_on_with(source: Path, 
 
 @pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[2]], ids=" ".join)
 def test_processes_side_by_side_give_the_same_bytes(
-    recipe: list[str], source: Path, text: Path, tmp_path: Path
+    recipe: list[str], source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As vLLM's CPU worker does in a process that it has run in.
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     options = options_of(recipe, text)
