@@ -33,8 +33,7 @@ from .merging import MergeStatistics
 from .model_card import ConvertResult, ModelCard, write_model_card
 from .options import ConvertOptions, choose_recipe
 from .origin import origin_of
-from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random
-from .parallel import Workers
+from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random, pair_budget
 from .plan import plan
 from .recipe import Recipe
 from .source import SourceCheckpoint
@@ -127,7 +126,7 @@ def convert(
             report(_describe_mates(job, list(mates.values())))
         units = plan_units(job, slots, options.shard_size)
         results: list[UnitResult] = []
-        for unit, result in write_all(job, units, journal, Workers(options.jobs, options.ray), report):
+        for unit, result in write_all(job, units, journal, options.workers, report):
             results.append(result)
             advance(unit.layer)
         reports = [result.report for result in results if result.report is not None]
@@ -143,7 +142,7 @@ def _choose_pairs(
 ) -> tuple[dict[int, LayerSlots], dict[int, list[Mates]]]:
     """The pairs of least estimated loss over all layers, and what is expected of them."""
     num_experts = job.shape.num_experts
-    budget = int(num_experts * len(job.shape.moe_layers) * options.compression / 100 + 1e-9)
+    budget = pair_budget(num_experts, len(job.shape.moe_layers), options.compression)
     mates = plan(job, budget, advance)
     slots = {
         layer: layer_slots(layer, num_experts, [each.experts for each in chosen]) for layer, chosen in mates.items()
@@ -255,7 +254,7 @@ def _choose_recipe(
     )
     work = Work(
         shape,
-        pairs=int(shape.num_experts * len(shape.moe_layers) * options.compression / 100),
+        pairs=pair_budget(shape.num_experts, len(shape.moe_layers), options.compression),
         all_paired=all_paired,
         num_tokens=num_tokens,
         top_k=config.num_experts_per_tok,

@@ -17,6 +17,19 @@ _DEFAULTS = (("compensated", True), ("compensated", False), ("saliency", True), 
 
 
 @dataclass(frozen=True)
+class Workers:
+    """`jobs` units at once; by the Ray cluster at `ray`, its address, or by processes of this machine."""
+
+    jobs: int
+    ray: str | None = None
+
+    @property
+    def are_others(self) -> bool:
+        """Whether any other process works than this one."""
+        return self.jobs > 1 or self.ray is not None
+
+
+@dataclass(frozen=True)
 class ConvertOptions:
     """What the command line's options of the same names say.
 
@@ -60,7 +73,7 @@ class ConvertOptions:
             raise CheckpointError(f"--shard-size {self.shard_size} is not at least 1 byte")
         if self.jobs < 1:
             raise CheckpointError(f"--jobs {self.jobs} is not at least 1")
-        if self.side_by_side and self.rule == "compensated":
+        if self.workers.are_others and self.rule == "compensated":
             option = f"--jobs {self.jobs}" if self.ray is None else f"--ray {self.ray}"
             raise CheckpointError(
                 f"{option} with --rule compensated: there each layer makes up for those before it, so they are merged "
@@ -77,9 +90,9 @@ class ConvertOptions:
                     raise CheckpointError(f"{option} {what} needs to see tokens; give --calibration FILE")
 
     @property
-    def side_by_side(self) -> bool:
-        """Whether layers are merged at once, by other processes."""
-        return self.jobs > 1 or self.ray is not None
+    def workers(self) -> Workers:
+        """Who merges the layers."""
+        return Workers(self.jobs, self.ray)
 
     def torch_device(self) -> torch.device:
         """Raises CheckpointError where this machine has no such device."""
@@ -99,7 +112,7 @@ class ConvertOptions:
             Recipe(rule, align, self.pairing, self.tau)
             for rule, align in _DEFAULTS
             if self.rule in (None, rule) and self.align in (None, align)
-            if rule != "compensated" or (self.calibration is not None and not self.side_by_side)
+            if rule != "compensated" or (self.calibration is not None and not self.workers.are_others)
         ]
 
 

@@ -26,7 +26,7 @@ def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) 
             f"--max-expert-parallel {max_expert_parallel} does not cut {num_experts} experts into equal blocks of "
             f"2 or more; choose a divisor of {num_experts}"
         )
-    pairs = int(num_experts * compression / 100 + 1e-9)
+    pairs = pair_budget(num_experts, 1, compression)
     most = most_pairs(num_experts, max_expert_parallel)
     if pairs > most:
         raise CheckpointError(
@@ -40,6 +40,11 @@ def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) 
 def most_pairs(num_experts: int, max_expert_parallel: int) -> int:
     """How many disjoint pairs a layer can have."""
     return max_expert_parallel * (num_experts // max_expert_parallel // 2)
+
+
+def pair_budget(num_experts: int, num_layers: int, compression: float) -> int:
+    """How many pairs in all layers together bring `compression` percent, rounded down to a whole pair."""
+    return int(num_experts * num_layers * compression / 100 + 1e-9)
 
 
 def blocks(num_experts: int, max_expert_parallel: int) -> list[range]:

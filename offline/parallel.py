@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -13,24 +13,12 @@ from typing import Protocol
 import torch
 
 from .job import Job
+from .options import Workers
 from .ray_pool import RayPool
 from .units import LayerTokens, Unit, UnitResult, write_unit
 
 Enter = Callable[[Unit], LayerTokens | None]
 """What calibration knows of a unit; called for every unit, in their order."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """`jobs` units at once; by the Ray cluster at `ray`, its address, or by processes of this machine."""
-
-    jobs: int
-    ray: str | None = None
-
-    @property
-    def are_others(self) -> bool:
-        """Whether any other process works than this one."""
-        return self.jobs > 1 or self.ray is not None
 
 
 class _Result(Protocol):

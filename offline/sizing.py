@@ -13,7 +13,7 @@ from .estimate import Estimate, Speed, Work, estimate
 from .families import MoEShape
 from .model_sizes import ModelSizes
 from .options import ConvertOptions, choose_recipe
-from .pairing import count_pairs, most_pairs
+from .pairing import count_pairs, most_pairs, pair_budget
 
 GIB = 1 << 30
 
@@ -156,7 +156,7 @@ def total_pairs(shape: MoEShape, compression: float) -> tuple[int, bool]:
     pairs, layers = count_pairs(shape.num_experts, compression, ranks), len(shape.moe_layers)
     if pairs == most_pairs(shape.num_experts, ranks):
         return pairs * layers, True
-    return int(shape.num_experts * layers * compression / 100 + 1e-9), False
+    return pair_budget(shape.num_experts, layers, compression), False
 
 
 def kv_bytes_per_token(config: Any, ranks: int = 1) -> int:

@@ -9,7 +9,8 @@ from .calibration_pass import CalibrationPass
 from .job import Job
 from .journal import Journal
 from .layer import ExpertWeights
-from .parallel import Workers, write_units
+from .options import Workers
+from .parallel import write_units
 from .units import LayerTokens, Unit, UnitResult, write_unit
 
 Report = Callable[[str], None]

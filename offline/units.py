@@ -174,19 +174,9 @@ def _write_experts(
                 )
 
     try:
-        if tokens is None:
-            done = merge_layer(experts, layer_names(job.shape, layer), slots, job.recipe, emit)
-        else:
-            done = merge_layer(
-                experts,
-                layer_names(job.shape, layer),
-                slots,
-                job.recipe,
-                emit,
-                tokens.routed,
-                tokens.lacking,
-                tokens.energy,
-            )
+        # Without calibration `merge_layer` has its own defaults.
+        known = () if tokens is None else (tokens.routed, tokens.lacking, tokens.energy)
+        done = merge_layer(experts, layer_names(job.shape, layer), slots, job.recipe, emit, *known)
     except FormatError as error:
         raise CheckpointError(str(error)) from None
     return LayerReport(slots, done.statistics, done.mates)

@@ -41,6 +41,18 @@ def assert_refused(arguments: list[str], root: Path, capsys: pytest.CaptureFixtu
     assert snapshot(root) == before
 
 
+def assert_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
+    """The command fails, prints nothing, and says one sentence that has all of `parts`."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    for part in parts:
+        assert part in captured.err
+
+
 def edit_config(source: Path, **changes: object) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **changes}))

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from tests.offline.faulty import assert_one_sentence
 from tests.offline.test_convert import read_all
 from tests.tiny import NUM_EXPERTS, build_tiny
 from vllm_puzzle.cli import main
@@ -262,24 +263,13 @@ def test_reading_is_one_slot_at_a_time_and_progress_ends_at_the_total(
     assert sum(num_bytes for num_bytes, _ in steps) == inspection.packed_bytes
 
 
-def assert_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
-    capsys.readouterr()
-    assert main(["inspect", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    for part in parts:
-        assert part in captured.err
-
-
 def test_a_page_is_never_overwritten(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "page.html"
     file.write_text("mine")
-    assert_one_sentence(capsys, [str(packed), "--html", str(file)], f"--html {file} exists already")
+    assert_one_sentence(capsys, ["inspect", str(packed), "--html", str(file)], f"--html {file} exists already")
     assert file.read_text() == "mine"
     missing = tmp_path / "nowhere" / "page.html"
-    assert_one_sentence(capsys, [str(packed), "--html", str(missing)], f"--html {missing} cannot be written")
+    assert_one_sentence(capsys, ["inspect", str(packed), "--html", str(missing)], f"--html {missing} cannot be written")
 
 
 @pytest.mark.parametrize(
@@ -296,8 +286,8 @@ def test_a_faulty_checkpoint(
     spoil: Callable[[Path], object], parts: tuple[str, ...], packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(packed)
-    assert_one_sentence(capsys, [str(packed)], *parts)
+    assert_one_sentence(capsys, ["inspect", str(packed)], *parts)
 
 
 def test_a_checkpoint_that_is_not_packed(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_one_sentence(capsys, [str(source)], "not packed")
+    assert_one_sentence(capsys, ["inspect", str(source)], "not packed")

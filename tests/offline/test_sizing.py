@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from tests.offline.faulty import assert_one_sentence
 from tests.offline.test_convert import expert_bytes, read_all
 from tests.tiny import FAMILIES, HIDDEN_SIZE, build_tiny, by_expert
 from vllm_puzzle.cli import main
@@ -284,16 +285,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(source: Path, monkeypatch: py
         assert main(["plan", str(source)]) == 1
 
 
-def assert_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
-    assert main(["plan", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    for part in parts:
-        assert part in captured.err
-
-
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -306,7 +297,7 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]
 def test_options_out_of_range(
     options: list[str], parts: tuple[str, ...], source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_one_sentence(capsys, [str(source), *options], *parts)
+    assert_one_sentence(capsys, ["plan", str(source), *options], *parts)
 
 
 @pytest.mark.parametrize("model", ["nowhere", "/no/where", "a/b/c", "../nowhere", "-x/y"])
@@ -315,14 +306,14 @@ def test_what_is_no_hub_id_is_not_looked_up(
 ) -> None:
     monkeypatch.setattr("vllm_puzzle.offline.model_sizes.hf_hub_download", lambda *names: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
-    assert_one_sentence(capsys, ["--", model], f"{model} does not exist", "hub id")
+    assert_one_sentence(capsys, ["plan", "--", model], f"{model} does not exist", "hub id")
 
 
 def test_without_a_network_a_hub_id_is_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_one_sentence(capsys, ["no-such-org/no-such-model"], "no-such-org/no-such-model", "hub", "no network")
+    assert_one_sentence(capsys, ["plan", "no-such-org/no-such-model"], "no-such-org/no-such-model", "hub", "no network")
 
 
 def test_what_the_hub_refuses_is_told_in_one_sentence(
@@ -333,17 +324,17 @@ def test_what_the_hub_refuses_is_told_in_one_sentence(
 
     monkeypatch.setattr("vllm_puzzle.offline.model_sizes.hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
-    assert_one_sentence(capsys, ["org/name"], "org/name", "reset by peer")
+    assert_one_sentence(capsys, ["plan", "org/name"], "org/name", "reset by peer")
 
 
 def test_faulty_models(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     total = total_bytes(read_all(source))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    assert_one_sentence(capsys, [str(source)], "already quantized (fp8)")
+    assert_one_sentence(capsys, ["plan", str(source)], "already quantized (fp8)")
     (source / "config.json").write_text(json.dumps(config))
     leave_only_the_index(source)
-    assert_one_sentence(capsys, [str(source)], INDEX_FILE, "total_size")
+    assert_one_sentence(capsys, ["plan", str(source)], INDEX_FILE, "total_size")
     index = json.loads((source / INDEX_FILE).read_text())
 
     def write_index(total_size: int, weight_map: dict[str, str]) -> None:
@@ -351,11 +342,11 @@ def test_faulty_models(source: Path, capsys: pytest.CaptureFixture[str]) -> None
         (source / INDEX_FILE).write_text(json.dumps(content))
 
     write_index(1000, index["weight_map"])
-    assert_one_sentence(capsys, [str(source)], "1,000 bytes", "torch.bfloat16")
+    assert_one_sentence(capsys, ["plan", str(source)], "1,000 bytes", "torch.bfloat16")
     lacking = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     write_index(total, {name: shard for name, shard in index["weight_map"].items() if name != lacking})
-    assert_one_sentence(capsys, [str(source)], "lacks 1 of 72", lacking)
+    assert_one_sentence(capsys, ["plan", str(source)], "lacks 1 of 72", lacking)
     (source / INDEX_FILE).unlink()
-    assert_one_sentence(capsys, [str(source)], "only safetensors")
+    assert_one_sentence(capsys, ["plan", str(source)], "only safetensors")
     (source / "config.json").unlink()
-    assert_one_sentence(capsys, [str(source)], "config.json is missing")
+    assert_one_sentence(capsys, ["plan", str(source)], "config.json is missing")
