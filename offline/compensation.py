@@ -26,7 +26,8 @@ def compensate(weights: torch.Tensor, moments: torch.Tensor, rows: torch.Tensor)
         rows: what a unit of squared error in each row's output costs, float32 (2, num_rows).
 
     Returns:
-        Both members' new weights, as the rules answer them, magnitudes rounded to bfloat16.
+        Both members' new weights, float32 (2, num_rows, num_columns), of which each pair of elements has one magnitude,
+        rounded to bfloat16, or a zero.
     """
     num_columns = weights.shape[2]
     diagonal = moments.diagonal(dim1=1, dim2=2)
@@ -48,7 +49,8 @@ def compensate(weights: torch.Tensor, moments: torch.Tensor, rows: torch.Tensor)
         corner = factor[:, start:stop, start:stop]
         errors = torch.empty_like(block)
         for k in range(stop - start):
-            decided = cheapest(block[k][..., None], block_costs[k][..., None])[..., 0].bfloat16().float()
+            column = block[k][..., None]
+            decided = cheapest(column.abs(), block_costs[k][..., None]).signed(column)[..., 0].bfloat16().float()
             errors[k] = (block[k] - decided) / corner[:, k, k, None]
             block[k + 1 :] -= corner[:, k, k + 1 :].T[..., None] * errors[k]
             merged[:, :, start + k] = decided

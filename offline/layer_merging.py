@@ -16,7 +16,7 @@ from .merging import (
     MergeStatistics,
     align_mates,
     merge_by_compensation,
-    pack_members,
+    pack_alone,
     pack_pair,
 )
 from .recipe import Recipe
@@ -73,7 +73,7 @@ def merge_layer(
         slot_names = names[members[0]]
         if len(members) == 1:
             alone = zip(experts.matrices(members[0]), slot_names, strict=True)
-            emit(slot, [pack_members([matrix], name) for matrix, name in alone])
+            emit(slot, [pack_alone(matrix, name) for matrix, name in alone])
             continue
         first, second = members
         pair = (first, second)

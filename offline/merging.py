@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import pack, unpack
+from vllm_puzzle.format import pack, pack_single, unpack
 
 from .alignment import align, neuron_magnitudes
 from .compensation import compensate
 from .correction import OutputCorrection
 from .layer import ExpertWeights
-from .rules import cheapest, paper_rule
+from .rules import Merged, cheapest, paper_rule
 from .statistics import ExpertStatistics, InputNorms
 
 # At once by the rules that decide each element by itself: their temporaries, a dozen of this many, stay in the cache.
@@ -51,27 +51,26 @@ class MergeStatistics:
         return self.squared_error / self.squared_weight if self.squared_weight else 0.0
 
 
-Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Rule = Callable[[torch.Tensor, torch.Tensor], Merged]
 
 
 @dataclass(frozen=True)
 class ElementRule:
     """A rule that decides each element of a pair by itself.
 
-    `importance` is its second argument for gate, up and down, each as two factors, float32: one of rows (2, num_rows or
-    1, 1) and one of columns (2, 1, num_columns).
+    `importance` is its second argument for gate, up and down, each as two factors, float32: one of rows
+    (2, num_rows, 1), or None where all count alike, and one of columns (2, 1, num_columns).
     """
 
     rule: Rule
-    importance: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    importance: Sequence[tuple[torch.Tensor | None, torch.Tensor]]
 
     @classmethod
     def of_the_paper(cls, norms: Sequence[InputNorms], tau: float) -> "ElementRule":
         """`paper_rule` with the members' norms."""
         hidden, intermediate = (torch.stack(parts)[:, None] for parts in zip(*norms, strict=True))
-        alike = torch.ones(2, 1, 1, device=hidden.device)
-        importance = ((alike, hidden), (alike, hidden), (alike, intermediate))
-        return cls(lambda weights, norms: paper_rule(weights, norms, tau), importance)
+        importance = ((None, hidden), (None, hidden), (None, intermediate))
+        return cls(lambda magnitudes, norms: paper_rule(magnitudes, norms, tau), importance)
 
     @classmethod
     def of_saliency(cls, statistics: Sequence[ExpertStatistics]) -> "ElementRule":
@@ -81,13 +80,12 @@ class ElementRule:
             for name in ("hidden", "intermediate")
         )
         gate_rows, up_rows = (rows[..., None] for rows in _rows(statistics))
-        alike = torch.ones(2, 1, 1, device=hidden.device)
-        return cls(cheapest, ((gate_rows, hidden), (up_rows, hidden), (alike, intermediate)))
+        return cls(cheapest, ((gate_rows, hidden), (up_rows, hidden), (None, intermediate)))
 
     def merge(self, experts: ExpertWeights, pair: tuple[int, int]) -> ExpertWeights:
         """Both members. Returns, as all here, float32 weights of two experts."""
         gate, up, down = (
-            torch.cat(list(self._blocks(sources, importance)), dim=1)
+            torch.cat([two.signed(weights) for _, weights, two in self._blocks(sources, importance)], dim=1)
             for sources, importance in zip(_sources(experts, pair), self.importance, strict=True)
         )
         return _pair(experts, gate, up, down)
@@ -99,24 +97,21 @@ class ElementRule:
         packed, statistics = [], MergeStatistics()
         for sources, importance, name in zip(_sources(experts, pair), self.importance, names, strict=True):
             words = torch.empty(sources[0].shape, dtype=torch.int16, device=sources[0].device)
-            start = 0
-            for merged in self._blocks(sources, importance):
-                rows = slice(start, start + merged.shape[1])
-                words[rows] = pack_members(list(merged), name)
-                statistics.add(compare(words[rows], [source[rows] for source in sources]))
-                start = rows.stop
+            for rows, weights, two in self._blocks(sources, importance):
+                words[rows] = pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name)
+                statistics.add(compare(words[rows], list(weights)))
             packed.append(words)
         return packed, statistics
 
     def _blocks(
-        self, sources: Sequence[torch.Tensor], importance: tuple[torch.Tensor, torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
-        num_rows, num_columns = sources[0].shape
-        step = max(1, _ELEMENTS_PER_BLOCK // num_columns)
-        by_row, by_column = importance[0].expand(2, num_rows, 1), importance[1]
-        for start in range(0, num_rows, step):
-            rows = slice(start, start + step)
-            yield self.rule(torch.stack([source[rows].float() for source in sources]), by_row[:, rows] * by_column)
+        self, sources: Sequence[torch.Tensor], importance: tuple[torch.Tensor | None, torch.Tensor]
+    ) -> Iterator[tuple[slice, torch.Tensor, Merged]]:
+        """Some rows, the weights of both members there (2, rows, columns), and what they become."""
+        by_row, by_column = importance
+        for rows in _row_blocks(sources[0]):
+            weights = torch.stack([source[rows] for source in sources])
+            counts = by_column if by_row is None else by_row[:, rows] * by_column
+            yield rows, weights, self.rule(weights.abs().float(), counts)
 
 
 def merge_by_compensation(
@@ -158,8 +153,16 @@ def align_mates(
     return statistics[0], statistics[1].permuted(order)
 
 
+def pack_alone(matrix: torch.Tensor, name: str) -> torch.Tensor:
+    """The words, int16 (rows, columns), of one matrix of an expert without a mate."""
+    words = torch.empty(matrix.shape, dtype=torch.int16, device=matrix.device)
+    for rows in _row_blocks(matrix):
+        words[rows] = pack_single(matrix[rows], name=name)
+    return words
+
+
 def pack_members(members: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """The words, int16 (rows, columns), of one matrix of one expert alone or of two that were merged."""
+    """The words, int16 (rows, columns), of one matrix of two experts that were merged."""
     held = torch.stack(list(members))
     return pack(held.abs().amax(dim=0), [member != 0 for member in held], [torch.signbit(m) for m in held], name=name)
 
@@ -179,20 +182,28 @@ def pack_pair(
 
 def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
     """What merging two matrices changed; `sources` are theirs, in the order of neurons that `words` have."""
-    decoded = [unpack(words, member).float() for member in (0, 1)]
-    held = [member != 0 for member in decoded]
-    return MergeStatistics(
-        elements=words.numel(),
-        shared=int((held[0] & held[1]).sum()),
-        kept=int(held[0].sum() + held[1].sum()),
-        squared_error=sum(_squared(a - b.float()) for a, b in zip(decoded, sources, strict=True)),
-        squared_weight=sum(_squared(source.float()) for source in sources),
-    )
+    statistics = MergeStatistics(elements=words.numel())
+    held = []
+    for member, source in enumerate(sources):
+        weights, merged = source.float(), unpack(words, member).float()
+        held.append(merged.bool())
+        statistics.kept += int(held[member].count_nonzero())
+        statistics.squared_weight += _squared(weights)
+        statistics.squared_error += _squared(weights - merged)
+    statistics.shared = int((held[0] & held[1]).count_nonzero())
+    return statistics
+
+
+def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:
+    num_rows, num_columns = matrix.shape
+    step = max(1, _ELEMENTS_PER_BLOCK // num_columns)
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
 
 
 def _squared(matrix: torch.Tensor) -> float:
     # Row by row, so that the sum does not depend on how many threads there are.
-    return float(matrix.square().sum(dim=1, dtype=torch.float64).sum())
+    return float(matrix.square().sum(dim=1).sum(dtype=torch.float64))
 
 
 def _sources(experts: ExpertWeights, pair: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

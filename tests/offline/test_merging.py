@@ -54,10 +54,14 @@ def merge_by_the_paper(
     experts: ExpertWeights, norms: Sequence[InputNorms], tau: float = 0.4
 ) -> list[tuple[torch.Tensor, MergeStatistics]]:
     """The words of gate, up and down of experts 0 and 1, and what merging changed."""
-    merged = ElementRule.of_the_paper(norms, tau).merge(experts, (0, 1))
+    rule = ElementRule.of_the_paper(norms, tau)
+    packed, _ = rule.pack(experts, (0, 1), ["gate", "up", "down"])
+    merged = rule.merge(experts, (0, 1))
     result = []
-    for matrices, sources in ((merged.gate, experts.gate), (merged.up, experts.up), (merged.down, experts.down)):
-        words = pack_members(matrices, "a")
+    for words, matrices, sources in zip(
+        packed, (merged.gate, merged.up, merged.down), (experts.gate, experts.up, experts.down), strict=True
+    ):
+        assert torch.equal(words, pack_members(matrices, "a"))
         result.append((words, compare(words, sources)))
     return result
 
@@ -137,7 +141,7 @@ def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
         (merged.gate, merged.up, down[0]), (experts.gate, experts.up, down[1]), costs, strict=True
     ):
         weights = torch.stack([own[expert].float() for expert in pair])
-        torch.testing.assert_close(torch.stack(list(got)), cheapest(weights, each))
+        torch.testing.assert_close(torch.stack(list(got)), cheapest(weights.abs(), each).signed(weights))
 
 
 def test_by_compensation_gate_and_up_have_their_own_rows_and_down_reads_what_is_merged() -> None:

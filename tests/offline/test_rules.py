@@ -31,7 +31,7 @@ def every_choice(w0: float, w1: float, c0: float, c1: float) -> list[float]:
 @given(elements, elements, costs, costs)
 def test_no_choice_is_cheaper(w0: float, w1: float, c0: float, c1: float) -> None:
     weights = torch.tensor([w0, w1]).reshape(2, 1, 1)
-    merged = cheapest(weights, torch.tensor([c0, c1]).reshape(2, 1, 1))
+    merged = cheapest(weights.abs(), torch.tensor([c0, c1]).reshape(2, 1, 1)).signed(weights)
     new = merged.flatten().tolist()
     got = loss_of((new[0], new[1]), (w0, w1), c0, c1)
     # In float32 what two members share is not exactly the best.
@@ -47,12 +47,14 @@ def test_costs_of_columns_and_rows_stand_for_every_element() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, 7, 5, generator=generator)
     rows, columns = torch.rand(2, 7, 1, generator=generator), torch.rand(2, 1, 5, generator=generator)
-    whole = cheapest(weights, rows * columns)
+    whole = cheapest(weights.abs(), rows * columns).signed(weights)
     for row in range(7):
         for column in range(5):
-            alone = cheapest(weights[:, row, column, None, None], (rows[:, row] * columns[:, :, column])[..., None])
+            pair, costs_of_pair = weights[:, row, column, None, None], rows[:, row] * columns[:, :, column]
+            alone = cheapest(pair.abs(), costs_of_pair[..., None]).signed(pair)
             assert torch.equal(alone.flatten(), whole[:, row, column])
-    assert torch.equal(cheapest(weights, columns), cheapest(weights, columns.expand_as(weights)))
+    by_column, by_element = (cheapest(weights.abs(), each) for each in (columns, columns.expand_as(weights)))
+    assert torch.equal(by_column.signed(weights), by_element.signed(weights))
     first, second = weights.abs()
     loss = cheapest_loss(first, second, *(rows * columns))
     torch.testing.assert_close(loss, (rows * columns * (whole - weights).square()).sum(dim=0))

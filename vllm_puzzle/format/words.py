@@ -21,19 +21,20 @@ def nearest_magnitude(magnitude: torch.Tensor, layout: WordLayout = WORD16, name
     Raises:
         FormatError: an element is NaN, infinite or larger than `layout.largest`; names tensor and index.
     """
-    rounded = magnitude.abs().to(torch.bfloat16)
+    rounded = magnitude.to(torch.bfloat16).abs()
     # Written so that NaN, which compares false with everything, is refused as well.
-    refused = ~(rounded <= layout.largest)
-    if refused.any():
+    if rounded.numel() and not rounded.max() <= layout.largest:
+        refused = ~(rounded <= layout.largest)
         index = tuple(refused.nonzero()[0].tolist())
         raise FormatError(
             f"{name}{list(index)} is {magnitude[index].item()}: a packed word holds finite magnitudes up to "
             f"{layout.largest:g} only ({int(refused.sum())} of {refused.numel()} elements are beyond it); "
             f"repair the tensor or leave this checkpoint unpacked"
         )
-    small = rounded < layout.smallest
-    raised = torch.where(rounded >= layout.smallest / 2, layout.smallest, 0.0).to(torch.bfloat16)
-    return torch.where(small, raised, rounded)
+    bits = rounded.view(torch.int16)
+    # As bits, `rebias` is half the smallest magnitude, so this is -1 for what goes to zero, and 0 for all else.
+    dropped = (bits - layout.rebias) >> 15
+    return (bits.clamp(min=layout.rebias + (1 << layout.mantissa_bits)) & ~dropped).view(torch.bfloat16)
 
 
 def pack(
@@ -58,15 +59,16 @@ def pack(
     Raises:
         FormatError: a magnitude that cannot be stored.
     """
-    stored = nearest_magnitude(magnitude, layout, name)
-    bits = stored.view(torch.int16).to(torch.int32) - layout.rebias
-    nonzero = stored != 0
-    flags = torch.zeros_like(bits)
+    bits = nearest_magnitude(magnitude, layout, name).view(torch.int16) - layout.rebias
+    # By bits alone: on a CPU `torch.where` takes a branch for every element. Only a zero is below `rebias`.
+    nonzero = ~(bits >> 15)
+    held = torch.zeros_like(bits)
     for member, (mask, sign) in enumerate(zip(masks, signs, strict=True)):
-        held = mask & nonzero
-        flags |= held.to(torch.int32) << layout.mask_bits[member]
-        flags |= (held & sign).to(torch.int32) << layout.sign_bits[member]
-    return torch.where(flags != 0, flags | bits, 0).to(layout.dtype)
+        has, negative = mask.to(torch.int16), (mask & sign).to(torch.int16)
+        bits |= has << layout.mask_bits[member]
+        bits |= negative << layout.sign_bits[member]
+        held |= has
+    return (bits & nonzero & -held).to(layout.dtype)
 
 
 def pack_single(weight: torch.Tensor, layout: WordLayout = WORD16, name: str = "tensor") -> torch.Tensor:

@@ -41,5 +41,6 @@ def _merge(
     for first, second in draw_mates(experts.num_experts, default_max_expert_parallel(experts.num_experts), rng):
         for matrices in (merged.gate, merged.up, merged.down):
             weights = torch.stack([matrices[first], matrices[second]])
-            matrices[first], matrices[second] = paper_rule(weights, norms(weights), TAU)
+            merged_pair = paper_rule(weights.abs(), norms(weights), TAU).signed(weights)
+            matrices[first], matrices[second] = merged_pair
     return CompressedLayer(merged)
