@@ -11,7 +11,8 @@ from .checkpoint import TensorInfo
 from .errors import CheckpointError
 
 _FP8 = "F8_E4M3"
-_SCALE_SUFFIX = "_scale_inv"
+SCALE_SUFFIX = "_scale_inv"
+"""What is appended to a tensor's name to name its scales, float32."""
 
 
 def block_size(raw_config: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
@@ -40,25 +41,30 @@ def find_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int], path:
     Raises:
         CheckpointError: scales are missing, misshapen, or scale nothing.
     """
-    scales = {name: name + _SCALE_SUFFIX for name, info in tensors.items() if info.dtype == _FP8}
+    scales = {name: name + SCALE_SUFFIX for name, info in tensors.items() if info.dtype == _FP8}
     for name, scale in scales.items():
         info = tensors[name]
         if scale not in tensors:
             raise CheckpointError(
                 f"{path / info.shard}: {name} is {_FP8}, but its {scale} is missing; download the checkpoint again"
             )
-        expected = tuple(math.ceil(size / step) for size, step in zip(info.shape, block, strict=False))
+        expected = _scale_shape(info.shape, block)
         if len(info.shape) != 2 or tensors[scale].shape != expected:
             raise CheckpointError(
                 f"{path / tensors[scale].shard}: {scale} has shape {list(tensors[scale].shape)} for a {name} of "
                 f"{list(info.shape)}; weight_block_size {list(block)} of config.json implies {list(expected)}"
             )
-    idle = min((name for name in tensors if name.endswith(_SCALE_SUFFIX) and name not in scales.values()), default=None)
+    idle = min((name for name in tensors if name.endswith(SCALE_SUFFIX) and name not in scales.values()), default=None)
     if idle is not None:
         raise CheckpointError(
             f"{path / tensors[idle].shard}: {idle} has no {_FP8} tensor to scale; download the checkpoint again"
         )
     return scales
+
+
+def scaled_bytes(size: tuple[int, int], block: tuple[int, int]) -> int:
+    """Of a matrix in FP8 and its scales."""
+    return math.prod(size) + 4 * math.prod(_scale_shape(size, block))
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -69,3 +75,7 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
     rows, columns = weight.shape
     spread = scale.float().repeat_interleave(block[0], dim=0)[:rows].repeat_interleave(block[1], dim=1)[:, :columns]
     return (weight.float() * spread).to(torch.bfloat16)
+
+
+def _scale_shape(size: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    return tuple(math.ceil(length / step) for length, step in zip(size, block, strict=False))

@@ -1,6 +1,7 @@
 """How large a model's parts are on disk, from its config and the safetensors headers or index: no tensor is read."""
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from .checkpoint import INDEX_FILE, read_config, read_json, read_weight_map
 from .errors import CheckpointError
 from .experts import check_experts, expected_experts, layer_names
 from .families import MoEShape, find_moe_shape
+from .fp8 import SCALE_SUFFIX, block_size, scaled_bytes
 from .source import SourceCheckpoint
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -23,8 +25,9 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 class ModelSizes:
     """A source model as `sizing` takes it.
 
-    `expert_bytes` are the routed experts' on disk, `other_bytes` everything else's; `read_from` says whether the
-    tensors' own headers gave them, or the index's total and the config.
+    `expert_bytes` are the routed experts' on disk, `other_bytes` everything else's; the `plain` ones are what the
+    converter reads them as, which differs where they are FP8. `read_from` says whether the tensors' own headers gave
+    them, or the index's total and the config.
     """
 
     model: str
@@ -32,6 +35,8 @@ class ModelSizes:
     shape: MoEShape
     expert_bytes: int
     other_bytes: int
+    plain_expert_bytes: int
+    plain_other_bytes: int
     read_from: Literal["headers", "index"]
 
 
@@ -45,24 +50,25 @@ def read_model_sizes(model: str) -> ModelSizes:
     """
     directory = Path(model) if Path(model).exists() else _fetch(model)
     where = directory / "config.json"
-    quantization = read_json(where).get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(f"{model} is already quantized ({method}); give the original BF16 checkpoint")
+    block = block_size(read_json(where), Path(model))
     config = read_config(directory)
     shape = find_moe_shape(config, str(where))
     index = directory / INDEX_FILE
     if index.is_file():
         weight_map = read_weight_map(index)
         if not all((directory / shard).is_file() for shard in set(weight_map.values())):
-            return _from_index(model, index, set(weight_map), config, shape)
+            return _from_index(model, index, set(weight_map), config, shape, block)
     checkpoint = SourceCheckpoint(directory)
     check_experts(checkpoint, shape)
-    expert_bytes = sum(checkpoint.tensors[name].num_bytes for name in expected_experts(shape))
-    return ModelSizes(model, config, shape, expert_bytes, checkpoint.num_bytes - expert_bytes, "headers")
+    experts = [checkpoint.tensors[name] for name in expected_experts(shape)]
+    expert_bytes, plain = sum(each.num_bytes for each in experts), sum(each.plain_bytes for each in experts)
+    other_bytes, plain_other = checkpoint.num_bytes - expert_bytes, checkpoint.plain_bytes - plain
+    return ModelSizes(model, config, shape, expert_bytes, other_bytes, plain, plain_other, "headers")
 
 
-def _from_index(model: str, index: Path, names: set[str], config: Any, shape: MoEShape) -> ModelSizes:
+def _from_index(
+    model: str, index: Path, names: set[str], config: Any, shape: MoEShape, block: tuple[int, int] | None
+) -> ModelSizes:
     metadata = read_json(index).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not isinstance(total, int | float):
@@ -75,13 +81,25 @@ def _from_index(model: str, index: Path, names: set[str], config: Any, shape: Mo
             f"{lacking[0]}; download it again"
         )
     dtype: torch.dtype = config.dtype or torch.bfloat16
-    expert_bytes = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
-    if total < expert_bytes:
+    plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
+    fp8 = {name.removesuffix(SCALE_SUFFIX) for name in names if name.endswith(SCALE_SUFFIX)} if block else set()
+    expert_bytes = sum(
+        scaled_bytes(size, block) if block and name in fp8 else math.prod(size) * dtype.itemsize
+        for name, size in experts.items()
+    )
+    other_bytes = int(total) - expert_bytes
+    if other_bytes < 0:
         raise CheckpointError(
             f"{index} has a total_size of {int(total):,} bytes, but the experts alone are {expert_bytes:,} in {dtype}; "
             f"put the checkpoint's shards beside it"
         )
-    return ModelSizes(model, config, shape, expert_bytes, int(total) - expert_bytes, "index")
+    plain_other = other_bytes
+    if fp8 - experts.keys():
+        # Embeddings and routers are never FP8; all else is taken to be, which is right but for norms and the like.
+        rows = (1 if config.tie_word_embeddings else 2) * config.vocab_size + len(shape.moe_layers) * shape.num_experts
+        exact = min(other_bytes, rows * shape.hidden_size * dtype.itemsize)
+        plain_other = exact + (other_bytes - exact) * dtype.itemsize
+    return ModelSizes(model, config, shape, expert_bytes, other_bytes, plain, plain_other, "index")
 
 
 def _fused_experts(names: set[str], shape: MoEShape) -> set[str]:

@@ -78,7 +78,8 @@ class Sizing(_Strict):
     pairs: int
     expert_bytes_before: int
     expert_bytes_after: int
-    other_bytes: int
+    other_bytes_before: int
+    other_bytes_after: int
     total_bytes_before: int
     total_bytes_after: int
     kv_bytes_per_token: int
@@ -108,7 +109,7 @@ def size_up(
     pairs, all_paired = total_pairs(shape, compression)
     slots = shape.num_experts * len(shape.moe_layers) - pairs
     expert_bytes_after = slots * _expert_weights(shape) * WORD16.bits // 8
-    before, after = sizes.expert_bytes + sizes.other_bytes, expert_bytes_after + sizes.other_bytes
+    before, after = sizes.expert_bytes + sizes.other_bytes, expert_bytes_after + sizes.plain_other_bytes
     # A pair stays on one rank for as many ranks as this.
     packed_ranks = default_max_expert_parallel(shape.num_experts)
     cards = [
@@ -134,7 +135,8 @@ def size_up(
         pairs=pairs,
         expert_bytes_before=sizes.expert_bytes,
         expert_bytes_after=expert_bytes_after,
-        other_bytes=sizes.other_bytes,
+        other_bytes_before=sizes.other_bytes,
+        other_bytes_after=sizes.plain_other_bytes,
         total_bytes_before=before,
         total_bytes_after=after,
         kv_bytes_per_token=kv_bytes_per_token(config),
@@ -205,9 +207,9 @@ def _fit(
 def _conversions(sizes: ModelSizes, compression: float, pairs: int, all_paired: bool, speed: Speed) -> list[Conversion]:
     config, shape = sizes.config, sizes.shape
     weights = shape.num_experts * len(shape.moe_layers) * _expert_weights(shape)
-    bytes_per_weight = sizes.expert_bytes / weights
+    bytes_per_weight = sizes.plain_expert_bytes / weights
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    dense_weights = max(0, int(sizes.other_bytes / bytes_per_weight) - embeddings)
+    dense_weights = max(0, int(sizes.plain_other_bytes / bytes_per_weight) - embeddings)
     layer_weights = weights / len(shape.moe_layers) + dense_weights / shape.num_hidden_layers
     conversions = []
     # Only whether there is a text matters here.

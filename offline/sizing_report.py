@@ -30,7 +30,7 @@ def describe_sizing(sizing: Sizing) -> str:
     sizes = [
         ["bytes", "as it is", "packed", ""],
         _sizes_row("routed experts", sizing.expert_bytes_before, sizing.expert_bytes_after),
-        ["everything else", f"{sizing.other_bytes:,}", f"{sizing.other_bytes:,}", ""],
+        _sizes_row("everything else", sizing.other_bytes_before, sizing.other_bytes_after),
         _sizes_row("total", sizing.total_bytes_before, sizing.total_bytes_after),
     ]
     cards = [["fits on", "GiB each", "as it is: cards", "KV GiB", "KV tokens", "packed: cards", "KV GiB", "KV tokens"]]
@@ -50,7 +50,7 @@ def describe_sizing(sizing: Sizing) -> str:
 
 
 def _sizes_row(name: str, before: int, after: int) -> list[str]:
-    return [name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"]
+    return [name, f"{before:,}", f"{after:,}", "" if before == after else f"{after / before:.1%}"]
 
 
 def _fit_cells(fit: Fit | None) -> list[str]:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.offline.planning import SPEED
 from tests.tiny import build_tiny
-from vllm_puzzle.offline.estimate import Speed
 
 
 @pytest.fixture(scope="module", autouse=True)
 def known_speed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_puzzle.offline.convert.measure_speed", lambda device: Speed(products=1e11, elements=1e9))
+        for module in ("convert", "estimate"):
+            patch.setattr(f"vllm_puzzle.offline.{module}.measure_speed", lambda device: SPEED)
         yield
 
 
