@@ -1,4 +1,4 @@
-"""Measure the converter on a synthetic Mixtral: rate, memory, what becomes of killed runs and of damaged sources.
+"""Measure the converter on a synthetic Mixtral: rate, memory, what becomes of full disks, kills and damaged sources.
 
     python -m benchmarks.convert --json FILE
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.convert.disks import small_disk
 from benchmarks.convert.fuzz import fuzz
 from benchmarks.convert.kills import kill_and_resume
 from benchmarks.convert.measure import Run, convert, copy
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         _tell(result)
         result["twice_the_layers"] = _tell(measure_growth(args.work, Shape(2 * LAYERS, 4096, 14336)))
         write_source(args.work / "source", SMALL)
+        result["small_disk"] = _tell(small_disk(args.work / "source", args.work))
         result["kill_test"] = _tell(kill_and_resume(args.work / "source", args.work, KILLS, seed=0))
         result["fuzz"] = _tell(fuzz(args.work / "fuzz", FUZZED_FILES, seed=0))
     except (OSError, subprocess.CalledProcessError) as error:

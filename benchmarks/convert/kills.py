@@ -39,7 +39,7 @@ def kill_and_resume(source: Path, work: Path, kills: int, seed: int) -> dict[str
             process.kill()
     if not broken.exists():
         subprocess.run(command(source, broken, "--resume"), check=True, capture_output=True)
-    return {"kills": kills, "kills_while_writing": met, "bytes_equal": _hashes(whole) == _hashes(broken)}
+    return {"kills": kills, "kills_while_writing": met, "bytes_equal": hashes(whole) == hashes(broken)}
 
 
 def _size(path: Path) -> int:
@@ -48,5 +48,6 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors") if file.exists())
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a directory."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
