@@ -193,9 +193,13 @@ def add_mtp_layer(path: Path, new: str = f"model.layers.{NUM_LAYERS}.") -> list[
     tensors = load_file(path / "model.safetensors")
     last = f"model.layers.{NUM_LAYERS - 1}."
     added = {new + name.removeprefix(last): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        added[f"{new}{name}.weight"] = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16)
-    added[f"{new}eh_proj.weight"] = torch.ones(HIDDEN_SIZE, 2 * HIDDEN_SIZE, dtype=torch.bfloat16)
+    # DeepSeek's names lie in the layer, Qwen's beside the model.
+    prefix, projection, norms = new, "eh_proj", ("enorm", "hnorm", "shared_head.norm")
+    if new.startswith("mtp."):
+        prefix, projection, norms = "mtp.", "fc", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    for name in norms:
+        added[f"{prefix}{name}.weight"] = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16)
+    added[f"{prefix}{projection}.weight"] = torch.ones(HIDDEN_SIZE, 2 * HIDDEN_SIZE, dtype=torch.bfloat16)
     save_file({**tensors, **added}, path / "model.safetensors", {"format": "pt"})
     return sorted(added)
 

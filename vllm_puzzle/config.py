@@ -13,6 +13,7 @@ from .format import (
     LayerSlots,
     PuzzleMoEQuantizationConfig,
     check_packed_names,
+    is_outside,
     layer_index,
 )
 from .host import (
@@ -36,6 +37,7 @@ class PuzzleMoEConfig(QuantizationConfig):
                 "puzzlemoe; run `python -m vllm_puzzle.convert MODEL DEST` and serve DEST"
             )
         self.quantization = quantization
+        self._num_hidden_layers: int | None = None
 
     @classmethod
     def get_name(cls) -> str:
@@ -68,6 +70,7 @@ class PuzzleMoEConfig(QuantizationConfig):
         Raises:
             FormatError: a packed tensor that is missing or unexpected, by name.
         """
+        self._num_hidden_layers = getattr(hf_config, "num_hidden_layers", None)
         directory = Path(model_name)
         names = _tensor_names(directory) if directory.is_dir() else []
         if names:
@@ -78,16 +81,23 @@ class PuzzleMoEConfig(QuantizationConfig):
             # Imported late: the operator is needed only by a process that holds such a layer.
             from .moe_method import PuzzleMoEMethod
 
-            return PuzzleMoEMethod(self._slots(prefix), self.quantization, layer)
+            slots = self._slots(prefix)
+            # None leaves the layer's experts to vLLM, as they are.
+            return None if slots is None else PuzzleMoEMethod(slots, self.quantization, layer)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None
 
-    def _slots(self, prefix: str) -> LayerSlots:
+    def _slots(self, prefix: str) -> LayerSlots | None:
+        """None for layers that only predict further tokens, after the decoder's or beside the model: they stay BF16."""
         index = layer_index(prefix)
+        # Of a drafting model vLLM says that it has no decoder layers, or as many as the model that it drafts for.
+        after = index is not None and self._num_hidden_layers is not None and index >= self._num_hidden_layers
+        if after or is_outside(prefix):
+            return None
         slots = None if index is None else self.quantization.layer(index)
         if slots is None:
-            packed = [slots.layer for slots in self.quantization.layers]
+            packed = [each.layer for each in self.quantization.layers]
             raise FormatError(
                 f"{prefix} has routed experts, but quantization_config packs layers {packed} only; convert again"
             )

@@ -116,6 +116,8 @@ def test_names_are_read_as_they_are_written() -> None:
     assert layer_index(name) == 10
     assert parse_packed_name("model.layers.0.mlp.experts.3.w1.weight") is None
     assert layer_index("lm_head.weight") is None
+    # Of a part for multi-token prediction beside the model.
+    assert layer_index("mtp.layers.0.mlp.experts") is None
 
 
 def test_complete_names_pass() -> None:

@@ -140,12 +140,21 @@ def test_the_triton_engine_gives_the_same(
     assert_same_logprobs(*results, tolerance=1e-2)
 
 
-def test_layers_for_multi_token_prediction_are_passed_over(tmp_path: Path) -> None:
-    source, packed = build_tiny("deepseek_v3", tmp_path / "source", **SERVED["deepseek_v3"]), tmp_path / "packed"
-    add_mtp_layer(source)
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [("deepseek_v3", "model.layers.3."), ("glm4_moe", "model.layers.3."), ("qwen3_next", "mtp.layers.0.")],
+)
+def test_layers_for_multi_token_prediction_draft(family: str, layer: str, tmp_path: Path) -> None:
+    """They keep plain experts, which vLLM itself runs; what is drafted does not change what is said."""
+    overrides = {"num_nextn_predict_layers": 1, **SERVED[family]}
+    source, packed = build_tiny(family, tmp_path / "source", **overrides), tmp_path / "packed"
+    add_mtp_layer(source, layer)
     assert main(["convert", str(source), str(packed)]) == 0
-    with running(packed, dtype="float32") as llm:
-        assert len(generate(llm, PROMPTS[:1], 4)[0].tokens) == 4
+    said = []
+    for drafting in ({}, {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}):
+        with running(packed, dtype="float32", **ENGINE_OPTIONS.get(family, {}), **drafting) as llm:
+            said.append([each.tokens for each in generate(llm, PROMPTS[:2], MAX_TOKENS)])
+    assert said[0] == said[1]
 
 
 def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:

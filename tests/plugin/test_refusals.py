@@ -121,6 +121,16 @@ def test_another_quantization_than_the_checkpoints(packed: Path) -> None:
         pass
 
 
+def test_a_decoder_layer_without_slots(packed: Path, tmp_path: Path) -> None:
+    """Where the names of tensors are not at hand, as of a model on the hub."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((packed / name).read_text())
+    edit_config(tmp_path, lambda config: config["quantization_config"]["layers"].pop())
+    message = r"layers\.2\..*packs layers \[0, 1\] only"
+    with pytest.raises(FormatError, match=message), running(tmp_path, load_format="dummy"):
+        pass
+
+
 def test_lora(packed: Path) -> None:
     message = r"does not support LoRA \(--enable-lora\)"
     with pytest.raises(NotImplementedError, match=message), running(packed, enable_lora=True):

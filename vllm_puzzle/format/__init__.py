@@ -4,7 +4,7 @@ Torch and pydantic only; `docs/format.md` is its specification in prose.
 """
 
 from .layout import WORD16, FormatError, WordLayout, word_layout
-from .names import PACKED_SUFFIX, check_packed_names, layer_index, packed_name, parse_packed_name
+from .names import PACKED_SUFFIX, check_packed_names, is_outside, layer_index, packed_name, parse_packed_name
 from .schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -29,6 +29,7 @@ __all__ = [
     "check_packed_names",
     "default_max_expert_parallel",
     "find_invalid_word",
+    "is_outside",
     "layer_index",
     "nearest_magnitude",
     "pack",

@@ -27,9 +27,17 @@ def parse_packed_name(name: str) -> tuple[str, int, str] | None:
 
 
 def layer_index(name: str) -> int | None:
-    """The decoder layer that a tensor or module name lies in, e.g. 3 of `model.layers.3.mlp.experts`."""
-    match = _LAYER.search(name + ".")
+    """The decoder layer that a tensor or module name lies in, e.g. 3 of `model.layers.3.mlp.experts`.
+
+    Layers for multi-token prediction count on from the decoder's; None for those under `mtp.`, which count anew.
+    """
+    match = None if is_outside(name) else _LAYER.search(name + ".")
     return None if match is None else int(match[1])
+
+
+def is_outside(name: str) -> bool:
+    """Whether a tensor or module is of a part for multi-token prediction that lies beside the model, as Qwen's."""
+    return name.startswith("mtp.")
 
 
 def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantizationConfig, where: str) -> None:
@@ -52,8 +60,8 @@ def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantization
         layer = layer_index(name)
         if parsed is None or layer is None:
             # Layers for multi-token prediction keep plain experts: a layer that no slots are listed for, or outside
-            # the model. vLLM refuses a decoder layer without slots by itself.
-            plain = name.startswith("mtp.") or (layer is not None and layer not in first_members)
+            # the model. A decoder layer without slots is refused when vLLM builds it.
+            plain = is_outside(name) or (layer is not None and layer not in first_members)
             if ".experts." in name and not plain:
                 raise FormatError(f"{where}: {name} is an expert tensor that is not packed; convert the source again")
             continue
