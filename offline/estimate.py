@@ -134,13 +134,16 @@ def _memory(recipe: Recipe, work: Work) -> int:
     ways = 2 if recipe.compensated else 1
     tokens = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
     tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
-    layer = work.layer_bytes + _BLOCKS
+    # A whole layer is read where tokens run through it and for planning, by one process; merging maps two experts of
+    # it and makes their words, two bytes for every weight of one expert.
+    whole = work.layer_bytes if num_tokens or recipe.chooses(work.all_paired) else 0
+    merging = 3 * expert * 2 + _BLOCKS
     if recipe.align:
         # Magnitudes and costs of every weight of two experts, and the loss of every neuron with every other.
-        layer += 2 * expert * 4 * 2 + inner**2 * 12
+        merging += 2 * expert * 4 * 2 + inner**2 * 12
     if recipe.compensated:
         # What is made of the layer; two mates and their moments in several states; what their answers lose, to which
         # all tokens may have gone.
-        layer += work.layer_bytes + 2 * expert * 4 * 6 + 2 * 4 * (hidden**2 + inner**2) * 4
-        layer += 2 * num_tokens * hidden * 2
-    return tokens + work.jobs * layer
+        merging += work.layer_bytes + 2 * expert * 4 * 6 + 2 * 4 * (hidden**2 + inner**2) * 4
+        merging += 2 * num_tokens * hidden * 2
+    return tokens + whole + work.jobs * merging

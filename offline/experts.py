@@ -50,19 +50,18 @@ def fuse_experts(shape: MoEShape, layer: int, tensors: MutableMapping[str, torch
         tensors[shape.block_prefix(layer) + name] = whole.mT if fused.transposed else whole
 
 
-def check_storable(experts: ExpertWeights, names: Sequence[Sequence[str]]) -> None:
+def check_storable(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
     """Raises FormatError for the first element that no packed word can hold; names its tensor and index.
 
     Left to packing, such an element could hide behind its mate's, or be reported at a place in the merged matrix.
 
     Args:
-        names: of gate, up and down of each expert.
+        matrices: of one expert; `names` are theirs.
     """
-    for expert, expert_names in enumerate(names):
-        for matrix, name in zip(experts.matrices(expert), expert_names, strict=True):
-            low, high = torch.aminmax(matrix)
-            if not max(-low.item(), high.item()) <= WORD16.largest:
-                nearest_magnitude(matrix, name=name)
+    for matrix, name in zip(matrices, names, strict=True):
+        low, high = torch.aminmax(matrix)
+        if not max(-low.item(), high.item()) <= WORD16.largest:
+            nearest_magnitude(matrix, name=name)
 
 
 def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:

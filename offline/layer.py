@@ -1,6 +1,6 @@
 """One MoE layer as calibration and merging see it: its routed experts, and the tokens that were routed to them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,23 @@ class ExpertWeights:
     down: list[torch.Tensor]
     activation: Activation
 
+    @classmethod
+    def unread(cls, num_experts: int, activation: Activation) -> "ExpertWeights":
+        """None of them there yet; see `put`."""
+        nothing = [torch.empty(0)] * num_experts
+        return cls(list(nothing), list(nothing), list(nothing), activation)
+
     @property
     def num_experts(self) -> int:
         return len(self.gate)
+
+    def put(self, expert: int, matrices: Sequence[torch.Tensor]) -> None:
+        """Makes these the gate, up and down of one expert."""
+        self.gate[expert], self.up[expert], self.down[expert] = matrices
+
+    def drop(self, expert: int) -> None:
+        """Forgets the matrices of one expert, so that their memory can be freed."""
+        self.put(expert, [torch.empty(0)] * 3)
 
     def copy(self) -> "ExpertWeights":
         """New lists of the same tensors, so that replacing one there leaves it here."""

@@ -9,7 +9,7 @@ from vllm_puzzle.format import LayerSlots
 
 from .correction import OutputCorrection
 from .experts import check_storable
-from .layer import ExpertWeights, RoutedTokens
+from .layer import Activation, ExpertWeights, RoutedTokens
 from .mates import Mates, expect
 from .merging import (
     ElementRule,
@@ -21,6 +21,9 @@ from .merging import (
 )
 from .recipe import Recipe
 from .statistics import ExpertStatistics, InputNorms, input_norms, measure, uniform, uniform_norms
+
+Read = Callable[[int], Sequence[torch.Tensor]]
+"""Takes an expert, answers its gate, up and down."""
 
 Emit = Callable[[int, list[torch.Tensor]], None]
 """Takes a slot and its gate, up and down as words, int16, in the order of slots."""
@@ -38,7 +41,8 @@ class MergedLayer:
 
 
 def merge_layer(
-    experts: ExpertWeights,
+    read: Read,
+    activation: Activation,
     names: Sequence[Sequence[str]],
     slots: LayerSlots,
     recipe: Recipe,
@@ -47,10 +51,11 @@ def merge_layer(
     lacking: torch.Tensor | None = None,
     energy: float = 1.0,
 ) -> MergedLayer:
-    """Merges and packs, one slot after the other.
+    """Merges and packs, one slot after the other, with no other slot's experts in memory.
 
     Args:
-        experts: the layer's own; where mates are aligned, their neurons are put in another order here.
+        read: asked once for each expert.
+        activation: of the experts.
         names: what an error calls gate, up and down of each expert.
         emit: told of every slot before the next is begun.
         routed: the calibration tokens at this layer; None weighs by magnitudes alone.
@@ -61,7 +66,7 @@ def merge_layer(
     Raises:
         FormatError: an element that no word can hold; names tensor and index.
     """
-    check_storable(experts, names)
+    experts = ExpertWeights.unread(len(names), activation)
     correction = None
     if recipe.compensated:
         assert routed is not None
@@ -70,29 +75,45 @@ def merge_layer(
     merged = MergedLayer(MergeStatistics(), [])
     for slot in range(slots.num_slots):
         members = slots.members(slot)
+        for expert in members:
+            experts.put(expert, read(expert))
+            check_storable(experts.matrices(expert), names[expert])
         slot_names = names[members[0]]
         if len(members) == 1:
             alone = zip(experts.matrices(members[0]), slot_names, strict=True)
-            emit(slot, [pack_alone(matrix, name) for matrix, name in alone])
-            continue
-        first, second = members
-        pair = (first, second)
-        if recipe.rule == "paper":
-            rule = ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau)
-            words, changed = rule.pack(experts, pair, slot_names)
+            words = [pack_alone(matrix, name) for matrix, name in alone]
         else:
-            statistics: Sequence[ExpertStatistics] = [_measure(experts, expert, recipe, routed) for expert in pair]
-            merged.mates.append(expect(experts, pair, statistics, routed, energy))
-            if recipe.align:
-                statistics = align_mates(experts, pair, statistics)
-            if correction is None:
-                words, changed = ElementRule.of_saliency(statistics).pack(experts, pair, slot_names)
-            else:
-                two = merge_by_compensation(experts, pair, statistics, correction)
-                words, changed = pack_pair(two, experts, pair, slot_names)
-        merged.statistics.add(changed)
+            pair = (members[0], members[1])
+            words, changed, mates = _merge_pair(experts, pair, slot_names, recipe, routed, energy, correction)
+            merged.statistics.add(changed)
+            merged.mates.extend(mates)
         emit(slot, words)
+        for expert in members:
+            experts.drop(expert)
     return merged
+
+
+def _merge_pair(
+    experts: ExpertWeights,
+    pair: tuple[int, int],
+    names: Sequence[str],
+    recipe: Recipe,
+    routed: RoutedTokens | None,
+    energy: float,
+    correction: OutputCorrection | None,
+) -> tuple[list[torch.Tensor], MergeStatistics, list[Mates]]:
+    """The words of two mates, what merging changed, and what was expected; aligned, the second's neurons are moved."""
+    if recipe.rule == "paper":
+        by_paper = ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau)
+        return *by_paper.pack(experts, pair, names), []
+    statistics: Sequence[ExpertStatistics] = [_measure(experts, expert, recipe, routed) for expert in pair]
+    mates = [expect(experts, pair, statistics, routed, energy)]
+    if recipe.align:
+        statistics = align_mates(experts, pair, statistics)
+    if correction is None:
+        return *ElementRule.of_saliency(statistics).pack(experts, pair, names), mates
+    two = merge_by_compensation(experts, pair, statistics, correction)
+    return *pack_pair(two, experts, pair, names), mates
 
 
 def _norms(experts: ExpertWeights, pair: tuple[int, int], routed: RoutedTokens | None) -> list[InputNorms]:

@@ -43,7 +43,8 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
         if moe:
             experts = layer_experts(shape, layer, tensors, job.activation, job.device)
             try:
-                check_storable(experts, layer_names(shape, layer))
+                for expert, names in enumerate(layer_names(shape, layer)):
+                    check_storable(experts.matrices(expert), names)
             except FormatError as error:
                 raise CheckpointError(str(error)) from None
             if routed is not None and hidden is not None:

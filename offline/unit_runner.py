@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from .calibration_pass import CalibrationPass
 from .job import Job
 from .journal import Journal
@@ -50,8 +48,7 @@ class _Calibration:
         if self._tokens is None or tokens is None or not self._job.recipe.compensated:
             result = write_unit(self._job, unit, directory, tokens)
         else:
-            nothing = [torch.empty(0)] * self._job.shape.num_experts
-            merged = ExpertWeights(list(nothing), list(nothing), list(nothing), self._job.activation)
+            merged = ExpertWeights.unread(self._job.shape.num_experts, self._job.activation)
             result = write_unit(self._job, unit, directory, tokens, merged)
             self._tokens.leave(tokens, merged)
         if self._tokens is not None and self._job.recipe.compensated:

@@ -1,6 +1,6 @@
 """What a conversion is made of: units that are written alone, each to shards of its own, in any order or process."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from vllm_puzzle.format import FormatError, LayerSlots, packed_name, unpack
 
 from .checkpoint import SourceHash
 from .errors import CheckpointError
-from .experts import layer_experts, layer_names
+from .experts import layer_names
 from .job import Job
 from .layer import ExpertWeights, RoutedTokens
 from .layer_merging import merge_layer
@@ -136,19 +136,25 @@ def write_unit(
         CheckpointError: a tensor cannot be read, or an element has no word; names tensor and index.
         OSError: the disk is full or cannot be written.
     """
-    tensors = job.checkpoint.read(unit.names)
     source = SourceHash()
-    for name, tensor in tensors.items():
-        source.add(name, tensor)
+
+    def read(names: Iterable[str]) -> list[torch.Tensor]:
+        tensors = job.checkpoint.read(names)
+        for name, tensor in tensors.items():
+            source.add(name, tensor)
+        return list(tensors.values())
+
+    copied = set(unit.names)
+    if unit.layer is not None and unit.slots is not None:
+        copied -= {name for names in layer_names(job.shape, unit.layer) for name in names}
     with ShardWriter(directory, unit.shards) as writer:
         for shard in unit.shards:
             for planned in shard.tensors:
-                if planned.name in tensors:
-                    writer.write(planned.name, tensors[planned.name])
+                if planned.name in copied:
+                    writer.write(planned.name, *read([planned.name]))
         report = None
         if unit.layer is not None and unit.slots is not None:
-            experts = layer_experts(job.shape, unit.layer, tensors, job.activation, job.device)
-            report = _write_experts(job, unit.layer, unit.slots, experts, tokens, merged, writer)
+            report = _write_experts(job, unit.layer, unit.slots, read, tokens, merged, writer)
     return UnitResult(writer.entries, source.lines, report)
 
 
@@ -156,12 +162,15 @@ def _write_experts(
     job: Job,
     layer: int,
     slots: LayerSlots,
-    experts: ExpertWeights,
+    read: Callable[[Iterable[str]], list[torch.Tensor]],
     tokens: LayerTokens | None,
     merged: ExpertWeights | None,
     writer: ShardWriter,
 ) -> LayerReport:
-    prefix = job.shape.experts_prefix(layer)
+    prefix, names = job.shape.experts_prefix(layer), layer_names(job.shape, layer)
+
+    def read_expert(expert: int) -> list[torch.Tensor]:
+        return [matrix.to(job.device) for matrix in read(names[expert])]
 
     def emit(slot: int, words: list[torch.Tensor]) -> None:
         members = slots.members(slot)
@@ -169,14 +178,12 @@ def _write_experts(
             writer.write(packed_name(prefix, members[0], projection), matrix.cpu())
         if merged is not None:
             for member, expert in enumerate(members):
-                merged.gate[expert], merged.up[expert], merged.down[expert] = (
-                    unpack(matrix, member) for matrix in words
-                )
+                merged.put(expert, [unpack(matrix, member) for matrix in words])
 
     try:
         # Without calibration `merge_layer` has its own defaults.
         known = () if tokens is None else (tokens.routed, tokens.lacking, tokens.energy)
-        done = merge_layer(experts, layer_names(job.shape, layer), slots, job.recipe, emit, *known)
+        done = merge_layer(read_expert, job.activation, names, slots, job.recipe, emit, *known)
     except FormatError as error:
         raise CheckpointError(str(error)) from None
     return LayerReport(slots, done.statistics, done.mates)

@@ -89,7 +89,7 @@ def merge_layer(
             stored.gate[expert], stored.up[expert], stored.down[expert] = (unpack(m, member) for m in matrices)
 
     merged = vllm_puzzle.offline.layer_merging.merge_layer(
-        experts, names_of(experts), slots, recipe, emit, routed, lacking
+        experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, routed, lacking
     )
     return PackedLayer(words, stored, merged.statistics)
 

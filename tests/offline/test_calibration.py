@@ -158,7 +158,7 @@ def test_each_layer_makes_up_for_the_merged_layers_before_it(
 
     def record(*arguments: Any) -> MergedLayer:
         result = merge_layer(*arguments)
-        calls.append(arguments[5:7])
+        calls.append(arguments[6:8])
         return result
 
     monkeypatch.setattr("vllm_puzzle.offline.units.merge_layer", record)

@@ -25,6 +25,7 @@ from vllm_puzzle.offline.layer import ExpertWeights
 from vllm_puzzle.offline.merging import (
     ElementRule,
     MergeStatistics,
+    align_mates,
     compare,
     merge_by_compensation,
     pack_members,
@@ -217,9 +218,11 @@ def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> Non
 
 @pytest.mark.parametrize("recipe", EVERY_RECIPE, ids=recipe_name)
 def test_what_merging_changed_is_counted_on_the_weights_that_were_merged(recipe: Recipe) -> None:
-    """Aligned or not: `experts` is left in the order of neurons that was merged."""
+    """Aligned or not: aligned, on those in the order of neurons that was merged."""
     experts, routed = small_experts(), small_tokens(60)
     packed = merge_layer(experts, slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden))
+    if recipe.align:
+        align_mates(experts, (4, 1), [measure(experts, expert, routed, full=recipe.compensated) for expert in (4, 1)])
     pairs = [
         (own.double(), read.double())
         for expert in (4, 1)

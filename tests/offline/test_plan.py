@@ -252,7 +252,7 @@ def test_planning_sees_the_tokens_that_merging_sees(
         return consider(*arguments)
 
     def record_merging(*arguments: Any, **named: Any) -> MergedLayer:
-        merged.append(arguments[5])
+        merged.append(arguments[6])
         return merge_layer(*arguments, **named)
 
     monkeypatch.setattr("vllm_puzzle.offline.plan.consider", record_plan)
