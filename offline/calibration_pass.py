@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .experts import layer_experts
+from .experts import StoredExperts
 from .job import Job
 from .layer import ExpertWeights, RoutedTokens
 from .units import LayerTokens
@@ -43,24 +43,25 @@ class CalibrationPass:
             self._merged.states.copy_(states["merged"])
 
     @torch.inference_mode()
-    def enter(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> LayerTokens | None:
-        """Carries the tokens through a decoder layer, by its `tensors` as they are named on disk.
+    def enter(self, layer: int) -> LayerTokens | None:
+        """Carries the tokens through a decoder layer, of which one expert after the other is read.
 
         Returns:
             What its routed experts see; None for a dense layer. With the rule `compensated` the layer is to be left
             by `leave`.
 
         Raises:
-            CheckpointError: a tensor does not fit the model, or what comes out is not finite.
+            CheckpointError: a tensor cannot be read or does not fit the model, or what comes out is not finite.
         """
-        self._calibrator.load(layer, tensors)
+        job = self._job
+        self._calibrator.load(layer, job.checkpoint.read(job.names_beside_experts(layer)))
         routed = self._calibrator.run(self._source)
         if routed is None:
             if self._merged is not None:
                 self._calibrator.run(self._merged)
             return None
         self._note_idle(layer, routed)
-        experts = layer_experts(self._job.shape, layer, tensors, self._job.activation, self._job.device)
+        experts = StoredExperts(job.checkpoint, job.shape, layer, job.activation, job.device)
         self._source.add(routed.through(experts))
         energy = self._source.energy()
         if self._merged is None:

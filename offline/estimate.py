@@ -134,9 +134,9 @@ def _memory(recipe: Recipe, work: Work) -> int:
     ways = 2 if recipe.compensated else 1
     tokens = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
     tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
-    # A whole layer is read where tokens run through it and for planning, by one process; merging maps two experts of
-    # it and makes their words, two bytes for every weight of one expert.
-    whole = work.layer_bytes if num_tokens or recipe.chooses(work.all_paired) else 0
+    # Planning reads a whole layer; merging maps two experts of it and makes their words, two bytes for every weight of
+    # one expert, and running tokens through it takes less.
+    whole = work.layer_bytes if recipe.chooses(work.all_paired) else 0
     merging = 3 * expert * 2 + _BLOCKS
     if recipe.align:
         # Magnitudes and costs of every weight of two experts, and the loss of every neuron with every other.

@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -37,6 +38,27 @@ def layer_experts(
     matrices = [[tensors[name].to(device) for name in names] for names in layer_names(shape, layer)]
     gate, up, down = (list(kind) for kind in zip(*matrices, strict=True))
     return ExpertWeights(gate, up, down, activation)
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """A layer's experts, each read whenever tokens are run through it and not kept."""
+
+    checkpoint: Checkpoint
+    shape: MoEShape
+    layer: int
+    activation: Activation
+    device: torch.device
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+    def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Experts`; raises CheckpointError where a tensor cannot be read."""
+        names = [self.shape.expert_name(self.layer, expert, each) for each in self.shape.family.projections]
+        gate, up, down = ([matrix.to(self.device)] for matrix in self.checkpoint.read(names).values())
+        return ExpertWeights(gate, up, down, self.activation).output(0, hidden)
 
 
 def fuse_experts(shape: MoEShape, layer: int, tensors: MutableMapping[str, torch.Tensor]) -> None:

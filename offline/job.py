@@ -6,6 +6,7 @@ import torch
 
 from .calibration import Calibrator
 from .checkpoint import Checkpoint
+from .experts import layer_names
 from .families import MoEShape
 from .layer import Activation
 from .recipe import Recipe
@@ -34,6 +35,13 @@ class Job:
     @property
     def decoder_layers(self) -> list[int]:
         return [layer for layer in self.names if layer is not None]
+
+    def names_beside_experts(self, layer: int | None) -> list[str]:
+        """The tensors of a layer, or of none, without its routed experts'."""
+        if layer is None or layer not in self.shape.moe_layers:
+            return self.names[layer]
+        experts = {name for names in layer_names(self.shape, layer) for name in names}
+        return [name for name in self.names[layer] if name not in experts]
 
 
 def names_by_layer(checkpoint: Checkpoint, shape: MoEShape) -> dict[int | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -9,6 +10,16 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # Bounds the temporaries of everything that is computed from tokens, whatever the calibration text's length.
 TOKENS_AT_ONCE = 8192
+
+
+class Experts(Protocol):
+    """What tokens can be run through."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """One expert alone, before its router weight: (num_tokens, hidden_size) to the same."""
 
 
 @dataclass
@@ -55,7 +66,7 @@ class ExpertWeights:
         return self.activation(hidden @ gate.T) * (hidden @ up.T)
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One expert alone, before its router weight: (num_tokens, hidden_size) to the same."""
+        """See `Experts`."""
         return self.intermediate(expert, hidden) @ self.down[expert].to(hidden.dtype).T
 
 
@@ -85,7 +96,7 @@ class RoutedTokens:
             if len(tokens):
                 yield tokens, weights, self.hidden[tokens]
 
-    def through(self, experts: ExpertWeights) -> torch.Tensor:
+    def through(self, experts: Experts) -> torch.Tensor:
         """The sum of the chosen experts' outputs times their router weights, float32 (num_tokens, hidden_size)."""
         total = torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
         for expert in range(experts.num_experts):

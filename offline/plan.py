@@ -35,16 +35,17 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
         if not moe and calibrator is None:
             advance(layer)
             continue
-        tensors = job.checkpoint.read(job.names[layer])
         routed, energy = None, 1.0
         if calibrator is not None and hidden is not None:
-            calibrator.load(layer, tensors)
+            calibrator.load(layer, job.checkpoint.read(job.names_beside_experts(layer)))
             routed = calibrator.run(hidden)
         if moe:
+            names = layer_names(shape, layer)
+            tensors = job.checkpoint.read(name for matrices in names for name in matrices)
             experts = layer_experts(shape, layer, tensors, job.activation, job.device)
             try:
-                for expert, names in enumerate(layer_names(shape, layer)):
-                    check_storable(experts.matrices(expert), names)
+                for expert, matrices in enumerate(names):
+                    check_storable(experts.matrices(expert), matrices)
             except FormatError as error:
                 raise CheckpointError(str(error)) from None
             if routed is not None and hidden is not None:

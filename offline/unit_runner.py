@@ -35,7 +35,7 @@ class _Calibration:
             return None
         found = None
         if unit.layer is not None:
-            found = self._tokens.enter(unit.layer, self._job.checkpoint.read(unit.names))
+            found = self._tokens.enter(unit.layer)
         number = self._units.index(unit)
         self._idle[number], self._tokens.idle_experts = self._tokens.idle_experts, []
         if not self._job.recipe.compensated:

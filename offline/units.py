@@ -108,10 +108,7 @@ def plan_units(job: Job, slots: Mapping[int, LayerSlots], shard_size: int) -> li
 def _plan(job: Job, layer: int | None, slots: LayerSlots | None) -> Iterator[Planned]:
     """A unit's tensors in the order in which they are written: what is copied, and then slot after slot."""
     shape = job.shape
-    experts = set()
-    if layer is not None and slots is not None:
-        experts = {name for names in layer_names(shape, layer) for name in names}
-    copied = [Planned.copy_of(name, job.checkpoint.tensors[name]) for name in job.names[layer] if name not in experts]
+    copied = [Planned.copy_of(name, job.checkpoint.tensors[name]) for name in job.names_beside_experts(layer)]
     # The widest elements first, so that all lie at multiples of their size.
     yield from sorted(copied, key=lambda planned: (-planned.element_bytes, planned.name))
     if layer is None or slots is None:
@@ -144,9 +141,7 @@ def write_unit(
             source.add(name, tensor)
         return list(tensors.values())
 
-    copied = set(unit.names)
-    if unit.layer is not None and unit.slots is not None:
-        copied -= {name for names in layer_names(job.shape, unit.layer) for name in names}
+    copied = set(job.names_beside_experts(unit.layer))
     with ShardWriter(directory, unit.shards) as writer:
         for shard in unit.shards:
             for planned in shard.tensors:
