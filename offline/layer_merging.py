@@ -1,6 +1,6 @@
 """One layer: its pairs merged, its slots packed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from .mates import Mates, expect
 from .merging import (
     ElementRule,
     MergeStatistics,
+    Packed,
     align_mates,
     merge_by_compensation,
     pack_alone,
@@ -25,8 +26,8 @@ from .statistics import ExpertStatistics, InputNorms, input_norms, measure, unif
 Read = Callable[[int], Sequence[torch.Tensor]]
 """Takes an expert, answers its gate, up and down."""
 
-Emit = Callable[[int, list[torch.Tensor]], None]
-"""Takes a slot and its gate, up and down as words, int16, in the order of slots."""
+Emit = Callable[[int, int, torch.Tensor], None]
+"""Takes a slot, 0, 1 or 2 for its gate, up or down, and the words of that, int16; in this order."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def merge_layer(
         read: asked once for each expert.
         activation: of the experts.
         names: what an error calls gate, up and down of each expert.
-        emit: told of every slot before the next is begun.
+        emit: told of every matrix before the next is packed.
         routed: the calibration tokens at this layer; None weighs by magnitudes alone.
         lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for the rule `compensated`; see
             `OutputCorrection`.
@@ -80,14 +81,14 @@ def merge_layer(
             check_storable(experts.matrices(expert), names[expert])
         slot_names = names[members[0]]
         if len(members) == 1:
-            alone = zip(experts.matrices(members[0]), slot_names, strict=True)
-            words = [pack_alone(matrix, name) for matrix, name in alone]
+            packed = pack_alone(experts, members[0], slot_names)
         else:
             pair = (members[0], members[1])
-            words, changed, mates = _merge_pair(experts, pair, slot_names, recipe, routed, energy, correction)
-            merged.statistics.add(changed)
+            packed, mates = _merge_pair(experts, pair, slot_names, recipe, routed, energy, correction)
             merged.mates.extend(mates)
-        emit(slot, words)
+        for position, (words, changed) in enumerate(packed):
+            merged.statistics.add(changed)
+            emit(slot, position, words)
         for expert in members:
             experts.drop(expert)
     return merged
@@ -101,19 +102,18 @@ def _merge_pair(
     routed: RoutedTokens | None,
     energy: float,
     correction: OutputCorrection | None,
-) -> tuple[list[torch.Tensor], MergeStatistics, list[Mates]]:
-    """The words of two mates, what merging changed, and what was expected; aligned, the second's neurons are moved."""
+) -> tuple[Iterator[Packed], list[Mates]]:
+    """What two mates become, and what is expected of it; aligned, the second's neurons are moved."""
     if recipe.rule == "paper":
-        by_paper = ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau)
-        return *by_paper.pack(experts, pair, names), []
+        return ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau).pack(experts, pair, names), []
     statistics: Sequence[ExpertStatistics] = [_measure(experts, expert, recipe, routed) for expert in pair]
     mates = [expect(experts, pair, statistics, routed, energy)]
     if recipe.align:
         statistics = align_mates(experts, pair, statistics)
     if correction is None:
-        return *ElementRule.of_saliency(statistics).pack(experts, pair, names), mates
+        return ElementRule.of_saliency(statistics).pack(experts, pair, names), mates
     two = merge_by_compensation(experts, pair, statistics, correction)
-    return *pack_pair(two, experts, pair, names), mates
+    return pack_pair(two, experts, pair, names), mates
 
 
 def _norms(experts: ExpertWeights, pair: tuple[int, int], routed: RoutedTokens | None) -> list[InputNorms]:

@@ -51,6 +51,9 @@ class MergeStatistics:
         return self.squared_error / self.squared_weight if self.squared_weight else 0.0
 
 
+Packed = tuple[torch.Tensor, MergeStatistics]
+"""The words, int16 (rows, columns), of one matrix of a slot, and what merging changed."""
+
 Rule = Callable[[torch.Tensor, torch.Tensor], Merged]
 
 
@@ -90,18 +93,15 @@ class ElementRule:
         )
         return _pair(experts, gate, up, down)
 
-    def pack(
-        self, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]
-    ) -> tuple[list[torch.Tensor], MergeStatistics]:
-        """Their words, int16, and what merging changed, without a float32 matrix in memory; `names` are gate's on."""
-        packed, statistics = [], MergeStatistics()
+    def pack(self, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]) -> Iterator[Packed]:
+        """Gate, up and down, without a float32 matrix in memory; `names` are theirs in an error."""
         for sources, importance, name in zip(_sources(experts, pair), self.importance, names, strict=True):
+            statistics = MergeStatistics()
             words = torch.empty(sources[0].shape, dtype=torch.int16, device=sources[0].device)
             for rows, weights, two in self._blocks(sources, importance):
                 words[rows] = pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name)
                 statistics.add(compare(words[rows], list(weights)))
-            packed.append(words)
-        return packed, statistics
+            yield words, statistics
 
     def _blocks(
         self, sources: Sequence[torch.Tensor], importance: tuple[torch.Tensor | None, torch.Tensor]
@@ -153,12 +153,13 @@ def align_mates(
     return statistics[0], statistics[1].permuted(order)
 
 
-def pack_alone(matrix: torch.Tensor, name: str) -> torch.Tensor:
-    """The words, int16 (rows, columns), of one matrix of an expert without a mate."""
-    words = torch.empty(matrix.shape, dtype=torch.int16, device=matrix.device)
-    for rows in _row_blocks(matrix):
-        words[rows] = pack_single(matrix[rows], name=name)
-    return words
+def pack_alone(experts: ExpertWeights, expert: int, names: Sequence[str]) -> Iterator[Packed]:
+    """Gate, up and down of an expert without a mate, which nothing changed."""
+    for matrix, name in zip(experts.matrices(expert), names, strict=True):
+        words = torch.empty(matrix.shape, dtype=torch.int16, device=matrix.device)
+        for rows in _row_blocks(matrix):
+            words[rows] = pack_single(matrix[rows], name=name)
+        yield words, MergeStatistics()
 
 
 def pack_members(members: Sequence[torch.Tensor], name: str) -> torch.Tensor:
@@ -169,15 +170,12 @@ def pack_members(members: Sequence[torch.Tensor], name: str) -> torch.Tensor:
 
 def pack_pair(
     merged: ExpertWeights, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]
-) -> tuple[list[torch.Tensor], MergeStatistics]:
-    """The words, int16, of gate, up and down of `merged`, and what merging changed in `pair` of `experts`."""
-    packed, statistics = [], MergeStatistics()
+) -> Iterator[Packed]:
+    """Gate, up and down of `merged`, which `pair` of `experts` became."""
     matrices = zip(merged.matrices(0), merged.matrices(1), strict=True)
     for members, sources, name in zip(matrices, _sources(experts, pair), names, strict=True):
         words = pack_members(members, name)
-        statistics.add(compare(words, sources))
-        packed.append(words)
-    return packed, statistics
+        yield words, compare(words, sources)
 
 
 def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:

@@ -167,13 +167,12 @@ def _write_experts(
     def read_expert(expert: int) -> list[torch.Tensor]:
         return [matrix.to(job.device) for matrix in read(names[expert])]
 
-    def emit(slot: int, words: list[torch.Tensor]) -> None:
+    def emit(slot: int, position: int, words: torch.Tensor) -> None:
         members = slots.members(slot)
-        for projection, matrix in zip(job.shape.family.projections, words, strict=True):
-            writer.write(packed_name(prefix, members[0], projection), matrix.cpu())
+        writer.write(packed_name(prefix, members[0], job.shape.family.projections[position]), words.cpu())
         if merged is not None:
             for member, expert in enumerate(members):
-                merged.put(expert, [unpack(matrix, member) for matrix in words])
+                (merged.gate, merged.up, merged.down)[position][expert] = unpack(words, member)
 
     try:
         # Without calibration `merge_layer` has its own defaults.

@@ -31,32 +31,36 @@ ROUNDS = 3
 
 
 def measure_rates(work: Path, shape: Shape, rounds: int) -> dict[str, object]:
-    """Copies and conversions by one process and by two, interleaved; medians over the rounds."""
+    """Copies and conversions by two processes and by one, interleaved; medians over the rounds."""
     source_bytes = write_source(work / "source", shape)
     copies: list[float] = []
-    runs: dict[int, list[Run]] = {1: [], 2: []}
+    runs: dict[int, list[Run]] = {2: [], 1: []}
     for _ in range(rounds):
         copies.append(copy(work / "source", work / "copy"))
         shutil.rmtree(work / "copy")
         for jobs, made in runs.items():
             made.append(convert(work / "source", work / "packed", jobs))
-    result: dict[str, object] = {
+
+    def describe(jobs: int) -> dict[str, object]:
+        made = runs[jobs]
+        seconds = statistics.median(run.seconds for run in made)
+        return {
+            "jobs": jobs,
+            "gb_per_s": source_bytes / seconds / 1e9,
+            "share_of_copy": statistics.median(copies) / seconds,
+            "peak_rss_bytes": max(run.peak_rss_bytes for run in made),
+            "seconds": [run.seconds for run in made],
+        }
+
+    return {
         "source_bytes": source_bytes,
         "layers": shape.num_hidden_layers,
         "layer_expert_bytes": shape.layer_expert_bytes,
         "copy_gb_per_s": source_bytes / statistics.median(copies) / 1e9,
         "copy_seconds": copies,
+        **describe(2),
+        "one_process": describe(1),
     }
-    for jobs, made in runs.items():
-        rates = [source_bytes / run.seconds / 1e9 for run in made]
-        result[f"jobs_{jobs}"] = {
-            "jobs": jobs,
-            "gb_per_s": statistics.median(rates),
-            "share_of_copy": statistics.median(copies) / statistics.median([run.seconds for run in made]),
-            "peak_rss_bytes": max(run.peak_rss_bytes for run in made),
-            "seconds": [run.seconds for run in made],
-        }
-    return result
 
 
 def measure_growth(work: Path, shape: Shape) -> dict[str, object]:

@@ -82,11 +82,13 @@ def merge_layer(
     words: list[list[torch.Tensor]] = []
     stored = experts.copy()
 
-    def emit(slot: int, matrices: list[torch.Tensor]) -> None:
-        assert slot == len(words)
-        words.append(matrices)
+    def emit(slot: int, position: int, matrix: torch.Tensor) -> None:
+        assert (slot, position) == divmod(sum(map(len, words)), 3)
+        if position == 0:
+            words.append([])
+        words[slot].append(matrix)
         for member, expert in enumerate(slots.members(slot)):
-            stored.gate[expert], stored.up[expert], stored.down[expert] = (unpack(m, member) for m in matrices)
+            (stored.gate, stored.up, stored.down)[position][expert] = unpack(matrix, member)
 
     merged = vllm_puzzle.offline.layer_merging.merge_layer(
         experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, routed, lacking
