@@ -5,7 +5,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPU_ENGINE := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so
+COMPILED := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so offline/libpuzzlemoe_packing.so
+SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) offline/packing.cpp vllm_puzzle/kernels/cpu/build.py \
+	vllm_puzzle/format/layout.py
 
 # Where pip finds torch's CPU wheels (2.13.0+cpu). Empty, pip's own configuration must know a place. Elsewhere, give the
 # index that PyTorch's "Get started" page shows for the platform CPU:
@@ -14,18 +16,18 @@ TORCH_INDEX ?=
 
 .PHONY: demo test clean
 
-demo: $(VENV)/ready $(CPU_ENGINE)
+demo: $(VENV)/ready $(COMPILED)
 	rm -rf demo
 	$(BIN)/python -m benchmarks.demo --work demo
 
-test: $(VENV)/ready $(CPU_ENGINE)
+test: $(VENV)/ready $(COMPILED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) $(CPU_ENGINE) demo .cache
+	rm -rf $(VENV) $(COMPILED) demo .cache
 
 $(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +42,6 @@ $(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
 # Mend 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission (vllm_puzzle/plugin.py, _permit_amx).
 	touch $@
 
-# The editable install compiles it too; this is for whoever changes its sources.
-$(CPU_ENGINE): $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/kernels/cpu/build.py vllm_puzzle/format/layout.py | $(VENV)/ready
+# The editable install compiles them too; this is for whoever changes their sources.
+$(COMPILED) &: $(SOURCES) | $(VENV)/ready
 	$(BIN)/python vllm_puzzle/kernels/cpu/build.py

@@ -1,4 +1,4 @@
-"""Adds the compiled CPU engine to the package; everything else about the build stands in pyproject.toml."""
+"""Adds what is compiled, the CPU engine and a loop of the converter; the rest of the build stands in pyproject.toml."""
 
 import importlib.util
 import platform
@@ -11,6 +11,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 _PACKAGE = Path("vllm_puzzle", "kernels", "cpu")
+_OFFLINE = Path("offline")
 
 
 def _load_builder():
@@ -22,7 +23,7 @@ def _load_builder():
 
 
 class BuildCpuEngine(Command):
-    """Compiles the shared library, into the source tree for an editable install and into the wheel otherwise."""
+    """Compiles both libraries, into the source tree for an editable install and into the wheel otherwise."""
 
     user_options: ClassVar = []
 
@@ -41,14 +42,18 @@ class BuildCpuEngine(Command):
         root = Path() if self.editable_mode else Path(self.build_lib)
         try:
             builder.build_library(root / _PACKAGE / builder.LIBRARY_NAME)
+            offline = _OFFLINE if self.editable_mode else root / "vllm_puzzle" / _OFFLINE
+            builder.build_packing(_OFFLINE / "packing.cpp", offline / builder.PACKING_NAME)
         except builder.BuildError as error:
             raise SystemExit(str(error)) from None
 
     def get_source_files(self):
-        return sorted(map(str, (_PACKAGE / "csrc").iterdir()))
+        return [*sorted(map(str, (_PACKAGE / "csrc").iterdir())), str(_OFFLINE / "packing.cpp")]
 
     def get_outputs(self):
-        return [str(Path(self.build_lib) / _PACKAGE / _load_builder().LIBRARY_NAME)]
+        builder, root = _load_builder(), Path(self.build_lib)
+        packing = root / "vllm_puzzle" / _OFFLINE / builder.PACKING_NAME
+        return [str(root / _PACKAGE / builder.LIBRARY_NAME), str(packing)]
 
     def get_output_mapping(self):
         return {}

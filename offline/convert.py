@@ -33,6 +33,7 @@ from .merging import MergeStatistics
 from .model_card import ConvertResult, ModelCard, write_model_card
 from .options import ConvertOptions, choose_recipe
 from .origin import origin_of
+from .packing import LIBRARY_PATH, is_compiled
 from .pairing import count_pairs, layer_slots, most_pairs, pair_at_random, pair_budget
 from .plan import plan
 from .recipe import Recipe
@@ -69,6 +70,11 @@ def convert(
     config, shape = checkpoint.config, checkpoint.shape
     check_experts(checkpoint, shape)
     device = options.torch_device()
+    if device.type == "cpu" and not is_compiled():
+        report(
+            f"{LIBRARY_PATH.name} was not compiled when vllm-puzzle was installed (it takes Linux on x86-64 and g++): "
+            f"torch merges instead, six times as slowly"
+        )
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
     all_paired = pairs == most_pairs(shape.num_experts, max_expert_parallel)

@@ -1,6 +1,6 @@
 """Merging a layer's pairs, and the words that they become."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from .alignment import align, neuron_magnitudes
 from .compensation import compensate
 from .correction import OutputCorrection
 from .layer import ExpertWeights
+from .packing import is_compiled, pack_rows
 from .rules import Merged, cheapest, paper_rule
 from .statistics import ExpertStatistics, InputNorms
 
@@ -54,26 +55,23 @@ class MergeStatistics:
 Packed = tuple[torch.Tensor, MergeStatistics]
 """The words, int16 (rows, columns), of one matrix of a slot, and what merging changed."""
 
-Rule = Callable[[torch.Tensor, torch.Tensor], Merged]
-
 
 @dataclass(frozen=True)
 class ElementRule:
-    """A rule that decides each element of a pair by itself.
+    """A rule that decides each element of a pair by itself: `paper_rule` with `tau`, or `cheapest` where that is None.
 
-    `importance` is its second argument for gate, up and down, each as two factors, float32: one of rows
+    `importance` is the rule's second argument for gate, up and down, each as two factors, float32: one of rows
     (2, num_rows, 1), or None where all count alike, and one of columns (2, 1, num_columns).
     """
 
-    rule: Rule
     importance: Sequence[tuple[torch.Tensor | None, torch.Tensor]]
+    tau: float | None = None
 
     @classmethod
     def of_the_paper(cls, norms: Sequence[InputNorms], tau: float) -> "ElementRule":
         """`paper_rule` with the members' norms."""
         hidden, intermediate = (torch.stack(parts)[:, None] for parts in zip(*norms, strict=True))
-        importance = ((None, hidden), (None, hidden), (None, intermediate))
-        return cls(lambda magnitudes, norms: paper_rule(magnitudes, norms, tau), importance)
+        return cls(((None, hidden), (None, hidden), (None, intermediate)), tau)
 
     @classmethod
     def of_saliency(cls, statistics: Sequence[ExpertStatistics]) -> "ElementRule":
@@ -83,35 +81,49 @@ class ElementRule:
             for name in ("hidden", "intermediate")
         )
         gate_rows, up_rows = (rows[..., None] for rows in _rows(statistics))
-        return cls(cheapest, ((gate_rows, hidden), (up_rows, hidden), (None, intermediate)))
+        return cls(((gate_rows, hidden), (up_rows, hidden), (None, intermediate)))
 
     def merge(self, experts: ExpertWeights, pair: tuple[int, int]) -> ExpertWeights:
         """Both members. Returns, as all here, float32 weights of two experts."""
         gate, up, down = (
-            torch.cat([two.signed(weights) for _, weights, two in self._blocks(sources, importance)], dim=1)
-            for sources, importance in zip(_sources(experts, pair), self.importance, strict=True)
+            torch.cat(
+                [self._decide(weights, row, col).signed(weights) for _, weights, row, col in _blocks(sources, *by)],
+                dim=1,
+            )
+            for sources, by in zip(_sources(experts, pair), self.importance, strict=True)
         )
         return _pair(experts, gate, up, down)
 
     def pack(self, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]) -> Iterator[Packed]:
         """Gate, up and down, without a float32 matrix in memory; `names` are theirs in an error."""
-        for sources, importance, name in zip(_sources(experts, pair), self.importance, names, strict=True):
+        for sources, by, name in zip(_sources(experts, pair), self.importance, names, strict=True):
             statistics = MergeStatistics()
             words = torch.empty(sources[0].shape, dtype=torch.int16, device=sources[0].device)
-            for rows, weights, two in self._blocks(sources, importance):
-                words[rows] = pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name)
-                statistics.add(compare(words[rows], list(weights)))
+            for rows, weights, by_row, by_column in _blocks(sources, *by):
+                statistics.add(self._pack_rows(weights, by_row, by_column, words[rows], name))
             yield words, statistics
 
-    def _blocks(
-        self, sources: Sequence[torch.Tensor], importance: tuple[torch.Tensor | None, torch.Tensor]
-    ) -> Iterator[tuple[slice, torch.Tensor, Merged]]:
-        """Some rows, the weights of both members there (2, rows, columns), and what they become."""
-        by_row, by_column = importance
-        for rows in _row_blocks(sources[0]):
-            weights = torch.stack([source[rows] for source in sources])
-            counts = by_column if by_row is None else by_row[:, rows] * by_column
-            yield rows, weights, self.rule(weights.abs().float(), counts)
+    def _pack_rows(
+        self,
+        weights: torch.Tensor,
+        by_row: torch.Tensor | None,
+        by_column: torch.Tensor,
+        words: torch.Tensor,
+        name: str,
+    ) -> MergeStatistics:
+        if words.device.type == "cpu" and is_compiled():
+            sums = pack_rows(weights.float(), by_row, by_column, self.tau, words)
+            if not sums.refused:
+                return MergeStatistics(words.numel(), sums.shared, sums.kept, sums.squared_error, sums.squared_weight)
+        # What was refused is refused once more here, by a sentence.
+        two = self._decide(weights, by_row, by_column)
+        words.copy_(pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name))
+        return compare(words, list(weights))
+
+    def _decide(self, weights: torch.Tensor, by_row: torch.Tensor | None, by_column: torch.Tensor) -> Merged:
+        magnitudes = weights.abs().float()
+        importance = by_column if by_row is None else by_row * by_column
+        return cheapest(magnitudes, importance) if self.tau is None else paper_rule(magnitudes, importance, self.tau)
 
 
 def merge_by_compensation(
@@ -190,6 +202,15 @@ def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatis
         statistics.squared_error += _squared(weights - merged)
     statistics.shared = int((held[0] & held[1]).count_nonzero())
     return statistics
+
+
+def _blocks(
+    sources: Sequence[torch.Tensor], by_row: torch.Tensor | None, by_column: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Some rows, the weights of both members there (2, rows, columns), and the factors of their importance."""
+    for rows in _row_blocks(sources[0]):
+        weights = torch.stack([source[rows] for source in sources])
+        yield rows, weights, None if by_row is None else by_row[:, rows], by_column
 
 
 def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:

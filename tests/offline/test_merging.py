@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def merge_by_the_paper(
         packed, (merged.gate, merged.up, merged.down), (experts.gate, experts.up, experts.down), strict=True
     ):
         assert torch.equal(words, pack_members(matrices, "a"))
-        assert statistics == compare(words, sources)
+        # Whoever merged and packed counted alike, and added in another order.
+        assert asdict(statistics) == pytest.approx(asdict(compare(words, sources)), rel=1e-5, abs=1e-12)
     return packed
 
 

@@ -1,4 +1,4 @@
-"""Compiling the CPU engine: what setup.py runs at install, and the tests with sanitizers.
+"""Compiling the CPU engine and the converter's loop: what setup.py runs at install, and the tests with sanitizers.
 
 Loaded by path while the package is being built, so it imports nothing that is not in the standard library.
 """
@@ -16,12 +16,12 @@ from types import ModuleType
 _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE / "csrc"
 LIBRARY_NAME = "libpuzzlemoe_cpu.so"
+PACKING_NAME = "libpuzzlemoe_packing.so"
 
 _COMMON_FLAGS = [
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-fopenmp",
     "-fvisibility=hidden",
     "-fno-exceptions",
     "-fno-rtti",
@@ -40,7 +40,7 @@ _ISA_FLAGS = {
 
 
 class BuildError(RuntimeError):
-    """The CPU engine could not be compiled."""
+    """What is compiled at install could not be."""
 
 
 def build_library(destination: Path, extra_flags: Sequence[str] = ()) -> None:
@@ -51,18 +51,13 @@ def build_library(destination: Path, extra_flags: Sequence[str] = ()) -> None:
     Raises:
         BuildError: no compiler, or one that fails, with what it said.
     """
-    name = os.environ.get("CXX", "g++")
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise BuildError(
-            f"the CPU engine needs a C++ compiler and there is no {name}; install g++ 11 or newer, or set CXX"
-        )
+    compiler = _find_compiler()
     with tempfile.TemporaryDirectory() as folder:
         sources = sorted(_SOURCES.glob("*.cpp"))
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
         def compile_one(source: Path, target: Path) -> None:
-            flags = [*_COMMON_FLAGS, *_ISA_FLAGS.get(source.name, []), *_layout_macros(), *extra_flags]
+            flags = [*_COMMON_FLAGS, "-fopenmp", *_ISA_FLAGS.get(source.name, []), *_layout_macros(), *extra_flags]
             _run([compiler, *flags, "-c", str(source), "-o", str(target)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -71,6 +66,24 @@ def build_library(destination: Path, extra_flags: Sequence[str] = ()) -> None:
         # -fopenmp leaves libgomp to be found by its soname, so that torch's copy, already loaded, is the one used.
         link = [compiler, "-shared", "-fopenmp", "-static-libgcc", "-Wl,--as-needed", "-Wl,-z,defs", *extra_flags]
         _run([*link, *map(str, objects), "-o", str(destination)])
+
+
+def build_packing(source: Path, destination: Path, extra_flags: Sequence[str] = ()) -> None:
+    """Compiles the converter's packing loop, `source`, as `build_library` does the engine."""
+    # A contracted multiplication and addition would round once where torch rounds twice.
+    flags = [*_COMMON_FLAGS, "-ffp-contract=off", f"-I{_SOURCES}", *_layout_macros(), *extra_flags]
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    _run([_find_compiler(), *flags, "-shared", "-static-libgcc", str(source), "-o", str(destination)])
+
+
+def _find_compiler() -> str:
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise BuildError(
+            f"the CPU engine needs a C++ compiler and there is no {name}; install g++ 11 or newer, or set CXX"
+        )
+    return compiler
 
 
 def _layout_macros() -> list[str]:
@@ -95,8 +108,10 @@ def _load(name: str, path: Path) -> ModuleType:
 def _run(command: list[str]) -> None:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise BuildError(f"compiling the CPU engine failed: {' '.join(command)}\n{finished.stderr}")
+        raise BuildError(f"compiling failed: {' '.join(command)}\n{finished.stderr}")
 
 
 if __name__ == "__main__":
     build_library(_HERE / LIBRARY_NAME)
+    offline = _HERE.parents[2] / "offline"
+    build_packing(offline / "packing.cpp", offline / PACKING_NAME)
