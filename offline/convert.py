@@ -73,7 +73,7 @@ def convert(
     if device.type == "cpu" and not is_compiled():
         report(
             f"{LIBRARY_PATH.name} was not compiled when vllm-puzzle was installed (it takes Linux on x86-64 and g++): "
-            f"torch merges instead, six times as slowly"
+            f"torch merges instead, and converting takes nearly twice as long"
         )
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
