@@ -77,13 +77,6 @@ class Checkpoint:
     def plain_bytes(self) -> int:
         return sum(tensor.plain_bytes for tensor in self.tensors.values())
 
-    def by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """The given tensor names, grouped by the shard that holds them, in the order given."""
-        shards: dict[str, list[str]] = {}
-        for name in names:
-            shards.setdefault(self.tensors[name].shard, []).append(name)
-        return shards
-
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, mapped from their shards; raises CheckpointError where one cannot be read."""
         return self.read_stored({name: Stored(self.tensors[name].shard, name) for name in names})

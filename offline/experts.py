@@ -25,10 +25,7 @@ def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
 
 def layer_names(shape: MoEShape, layer: int) -> list[list[str]]:
     """The names on disk of gate, up and down of every expert of a layer."""
-    return [
-        [shape.expert_name(layer, expert, projection) for projection in shape.family.projections]
-        for expert in range(shape.num_experts)
-    ]
+    return [shape.expert_names(layer, expert) for expert in range(shape.num_experts)]
 
 
 def layer_experts(
@@ -56,8 +53,8 @@ class StoredExperts:
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         """See `Experts`; raises CheckpointError where a tensor cannot be read."""
-        names = [self.shape.expert_name(self.layer, expert, each) for each in self.shape.family.projections]
-        gate, up, down = ([matrix.to(self.device)] for matrix in self.checkpoint.read(names).values())
+        matrices = self.checkpoint.read(self.shape.expert_names(self.layer, expert)).values()
+        gate, up, down = ([matrix.to(self.device)] for matrix in matrices)
         return ExpertWeights(gate, up, down, self.activation).output(0, hidden)
 
 

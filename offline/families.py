@@ -241,6 +241,10 @@ class MoEShape:
     def expert_name(self, layer: int, expert: int, projection: str) -> str:
         return f"{self.experts_prefix(layer)}.{expert}.{projection}.weight"
 
+    def expert_names(self, layer: int, expert: int) -> list[str]:
+        """Of gate, up and down."""
+        return [self.expert_name(layer, expert, projection) for projection in self.family.projections]
+
     def is_mtp(self, name: str) -> bool:
         """Whether a tensor is of a layer for multi-token prediction: after the decoder's, or outside the model."""
         layer = _LAYER.match(name)

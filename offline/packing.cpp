@@ -14,12 +14,12 @@
 namespace {
 
 using puzzlemoe::kMagnitudeMask;
+using puzzlemoe::kMantissaBits;
 using puzzlemoe::kMask;
 using puzzlemoe::kRebias;
 using puzzlemoe::kSignBits;
 
 constexpr int kLanes = 16;
-constexpr int kMantissaBits = 7;
 // As BF16 bits: half the smallest magnitude that a word can hold, that magnitude, and the largest.
 constexpr int32_t kHalfSmallest = kRebias, kSmallest = kRebias + (1 << kMantissaBits),
                   kLargest = kRebias + kMagnitudeMask;
@@ -137,8 +137,8 @@ template <typename Rule>
 #define PUZZLEMOE_EXPORT \
   extern "C" [[gnu::visibility("default"), gnu::target_clones("avx512f", "avx2", "default")]]
 
-// `weights` (2, rows, columns), `by_row` (2, rows) or null, `by_column` (2, columns); adds to `sums`. What no word can hold, NaN
-// included, is counted as refused.
+// `weights` (2, rows, columns), `by_row` (2, rows) or null, `by_column` (2, columns); adds to `sums`. What no word can
+// hold, NaN included, is counted as refused.
 PUZZLEMOE_EXPORT void puzzlemoe_pack_by_paper(float tau, const float* weights, const float* by_row,
                                               const float* by_column, int64_t rows, int64_t columns, int16_t* words,
                                               Sums* sums) {

@@ -26,10 +26,9 @@ _WORDS = "I16"
 
 @dataclass(frozen=True)
 class Unit:
-    """A decoder layer, or all tensors of no layer: `names` on disk, `slots` of an MoE layer, the files it becomes."""
+    """A decoder layer, or all tensors of no layer: `slots` of an MoE layer, the files it becomes."""
 
     layer: int | None
-    names: tuple[str, ...]
     slots: LayerSlots | None
     shards: tuple[ShardPlan, ...]
 
@@ -100,7 +99,7 @@ def plan_units(job: Job, slots: Mapping[int, LayerSlots], shard_size: int) -> li
     groups = [list(_plan(job, layer, slots.get(layer) if layer is not None else None)) for layer in layers]
     shards = plan_shards(groups, shard_size)
     return [
-        Unit(layer, tuple(job.names[layer]), slots.get(layer) if layer is not None else None, tuple(files))
+        Unit(layer, slots.get(layer) if layer is not None else None, tuple(files))
         for layer, files in zip(layers, shards, strict=True)
     ]
 

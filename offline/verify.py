@@ -127,7 +127,7 @@ def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, 
     words = packed.checkpoint.read(names)
     inputs = torch.randn(_INPUTS, shape.hidden_size, generator=torch.Generator().manual_seed(0))
     for member, expert in enumerate(members):
-        sources = original.read(shape.expert_name(layer, expert, projection) for projection in shape.family.projections)
+        sources = original.read(shape.expert_names(layer, expert))
         merged = [unpack(words[name], member, packed.layout) for name in names]
         wanted, answered = (_answer(matrices, inputs).flatten() for matrices in (list(sources.values()), merged))
         likeness = torch.cosine_similarity(wanted, answered, dim=0).item()

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.convert.disks import small_disk
 from benchmarks.convert.fuzz import fuzz
 from benchmarks.convert.kills import kill_and_resume
-from benchmarks.convert.measure import Run, convert, copy
+from benchmarks.convert.measure import Run, convert, convert_unbroken, copy
 from benchmarks.convert.source import Shape, write_source
 
 LAYERS = 5
@@ -86,9 +86,11 @@ def main(argv: list[str] | None = None) -> None:
         result = measure_rates(args.work, Shape(LAYERS, 4096, 14336), ROUNDS)
         _tell(result)
         result["twice_the_layers"] = _tell(measure_growth(args.work, Shape(2 * LAYERS, 4096, 14336)))
-        write_source(args.work / "source", SMALL)
-        result["small_disk"] = _tell(small_disk(args.work / "source", args.work))
-        result["kill_test"] = _tell(kill_and_resume(args.work / "source", args.work, KILLS, seed=0))
+        source = args.work / "source"
+        write_source(source, SMALL)
+        whole = convert_unbroken(source, args.work / "whole")
+        result["small_disk"] = _tell(small_disk(source, whole, args.work))
+        result["kill_test"] = _tell(kill_and_resume(source, whole, args.work, KILLS, seed=0))
         result["fuzz"] = _tell(fuzz(args.work / "fuzz", FUZZED_FILES, seed=0))
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"{parser.prog}: {error}")

@@ -11,15 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.convert.kills import hashes
-from benchmarks.convert.measure import command
+from benchmarks.convert.measure import command, hashes
 
 # Enough for what is around the shards and a part of them.
 _LEFT_FREE = 100_000_000
 
 
-def small_disk(source: Path, work: Path) -> dict[str, object]:
-    """What each conversion to such a disk says, and what it leaves.
+def small_disk(source: Path, whole: Path, work: Path) -> dict[str, object]:
+    """What each conversion to such a disk says, and what it leaves; `whole` is an unbroken one.
 
     Returns:
         `too_small`, `fills_up`, `read_only`: the exit status and the sentence that ends it; `left_under_final_name`,
@@ -30,23 +29,21 @@ def small_disk(source: Path, work: Path) -> dict[str, object]:
     """
     mount = work / "disk"
     mount.mkdir(parents=True, exist_ok=True)
-    inside = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", __spec__.name, str(source), str(mount)]
-    result: dict[str, object] = json.loads(subprocess.run(inside, check=True, stdout=subprocess.PIPE).stdout)
+    inside = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", __spec__.name]
+    paths = [str(source), str(whole), str(mount)]
+    result: dict[str, object] = json.loads(subprocess.run([*inside, *paths], check=True, stdout=subprocess.PIPE).stdout)
     return result
 
 
-def _inside(source: Path, mount: Path) -> dict[str, object]:
-    whole, packed = mount.parent / "whole" / "packed", mount / "packed"
-    shutil.rmtree(whole.parent, ignore_errors=True)
-    whole.parent.mkdir()
-    subprocess.run(command(source, whole), check=True, capture_output=True)
+def _inside(source: Path, whole: Path, mount: Path) -> dict[str, object]:
+    packed = mount / "packed"
     size = sum(file.stat().st_size for file in whole.iterdir())
     _mount(mount, f"size={size // 2}")
-    too_small = _end(subprocess.Popen(command(source, packed), stderr=subprocess.PIPE, text=True))
+    too_small = _end(_start(source, packed))
     left = packed.exists()
-    # Twice the source is what the converter wants to see before it begins.
+    # Room for twice the source, so that the converter begins.
     _mount(mount, f"remount,size={4 * size}")
-    process = subprocess.Popen(command(source, packed), stderr=subprocess.PIPE, text=True)
+    process = _start(source, packed)
     while process.poll() is None and not (mount / ".packed.partial" / "journal.jsonl").exists():
         time.sleep(0.001)
     with (mount / "other").open("wb") as file:
@@ -57,7 +54,7 @@ def _inside(source: Path, mount: Path) -> dict[str, object]:
     subprocess.run(command(source, packed, "--resume"), check=True, capture_output=True)
     equal = hashes(whole) == hashes(packed)
     _mount(mount, "remount,ro")
-    read_only = _end(subprocess.Popen(command(source, mount / "again"), stderr=subprocess.PIPE, text=True))
+    read_only = _end(_start(source, mount / "again"))
     left |= (mount / "again").exists()
     return {
         "too_small": too_small,
@@ -70,6 +67,10 @@ def _inside(source: Path, mount: Path) -> dict[str, object]:
 
 def _mount(mount: Path, options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount)], check=True)
+
+
+def _start(source: Path, packed: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(command(source, packed), stderr=subprocess.PIPE, text=True)
 
 
 def _end(process: "subprocess.Popen[str]") -> dict[str, object]:

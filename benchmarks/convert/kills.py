@@ -1,27 +1,27 @@
 """A conversion that is killed again and again, at random points, and gone on with."""
 
-import hashlib
 import random
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.convert.measure import command
+from benchmarks.convert.measure import command, hashes
 
 
-def kill_and_resume(source: Path, work: Path, kills: int, seed: int) -> dict[str, object]:
+def kill_and_resume(source: Path, whole: Path, work: Path, kills: int, seed: int) -> dict[str, object]:
     """Kills a conversion `kills` times, each time after a random share of what is left was written.
+
+    Args:
+        whole: an unbroken conversion of `source`.
 
     Returns:
         How many kills met it at work, and whether all files are those of an unbroken run.
     """
     generator = random.Random(seed)
-    whole, broken = work / "whole" / "packed", work / "broken" / "packed"
-    for path in (whole, broken):
-        shutil.rmtree(path.parent, ignore_errors=True)
-        path.parent.mkdir()
-    subprocess.run(command(source, whole), check=True, capture_output=True)
+    broken = work / "broken" / "packed"
+    shutil.rmtree(broken.parent, ignore_errors=True)
+    broken.parent.mkdir()
     total = _size(whole)
     partial = broken.parent / ".packed.partial"
     met = 0
@@ -46,8 +46,3 @@ def _size(path: Path) -> int:
     if not path.exists():
         return 0
     return sum(file.stat().st_size for file in path.glob("*.safetensors") if file.exists())
-
-
-def hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a directory."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}

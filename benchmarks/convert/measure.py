@@ -1,5 +1,6 @@
 """Runs of the converter as a user starts it, watched from outside."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -23,6 +24,19 @@ class Run:
 def command(source: Path, packed: Path, *options: str) -> list[str]:
     """The converter's command line, with the paper's rule and without calibration."""
     return [sys.executable, "-m", "vllm_puzzle.convert", str(source), str(packed), "--rule", "paper", *options]
+
+
+def convert_unbroken(source: Path, folder: Path) -> Path:
+    """A conversion for others to be compared with, made anew in `folder`; its name in there is `packed`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    subprocess.run(command(source, folder / "packed"), check=True, capture_output=True)
+    return folder / "packed"
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a directory."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.iterdir())}
 
 
 def forget(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The compiled loop against torch's operations: the same words, the same counts, the same refusals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from vllm_puzzle.offline.packing import LIBRARY_PATH, is_compiled
 NAMES = ["gate", "up", "down"]
 
 
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_puzzle.offline.packing, "LIBRARY_PATH", LIBRARY_PATH.with_name("nowhere.so"))
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """As if the library had not been built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_puzzle.offline.packing, "LIBRARY_PATH", LIBRARY_PATH.with_name("nowhere.so"))
+        yield
 
 
 def pack(rule: ElementRule, experts: ExpertWeights) -> list[tuple[torch.Tensor, MergeStatistics]]:
@@ -32,8 +36,7 @@ def pack(rule: ElementRule, experts: ExpertWeights) -> list[tuple[torch.Tensor, 
 
 
 def pack_by_torch(rule: ElementRule, experts: ExpertWeights) -> list[tuple[torch.Tensor, MergeStatistics]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_puzzle.offline.packing, "LIBRARY_PATH", LIBRARY_PATH.with_name("nowhere.so"))
+    with uncompiled():
         return pack(rule, experts)
 
 
@@ -98,16 +101,12 @@ def test_what_no_word_can_hold_is_refused(tau: float | None, value: float, run: 
 
 @pytest.mark.parametrize("rule", ["paper", "saliency"])
 def test_without_it_the_same_is_written_and_it_is_said(
-    rule: str,
-    source: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    rule: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", str(source), str(tmp_path / "compiled"), "--rule", rule]) == 0
     assert "was not compiled" not in capsys.readouterr().err
-    request.getfixturevalue("uncompiled")
-    assert main(["convert", str(source), str(tmp_path / "packed"), "--rule", rule]) == 0
+    with uncompiled():
+        assert main(["convert", str(source), str(tmp_path / "packed"), "--rule", rule]) == 0
     assert f"{LIBRARY_PATH.name} was not compiled" in capsys.readouterr().err
     compiled, packed = read_all(tmp_path / "compiled"), read_all(tmp_path / "packed")
     assert compiled.keys() == packed.keys()

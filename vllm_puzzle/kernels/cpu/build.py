@@ -93,6 +93,7 @@ def _layout_macros() -> list[str]:
         f"-DPUZZLEMOE_MASK_BITS={','.join(map(str, layout.mask_bits))}",
         f"-DPUZZLEMOE_MAGNITUDE_MASK={layout.magnitude_mask}",
         f"-DPUZZLEMOE_REBIAS={layout.rebias}",
+        f"-DPUZZLEMOE_MANTISSA_BITS={layout.mantissa_bits}",
     ]
 
 
