@@ -88,7 +88,10 @@ def tune(arguments: argparse.Namespace) -> None:
     try:
         tuned = find_tiles(Card(), shape, all_tokens, dtype, folder, arguments.seconds, arguments.jobs, _report)
     except OSError as error:
-        raise EngineError(f"{folder} cannot be written: {error.strerror}; give another --output") from None
+        raise EngineError(f"{folder} cannot be written: {error.strerror or error}; give another --output") from None
+    except KeyboardInterrupt:
+        print(f"interrupted; what was reported is saved in {folder}", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"{tuned.path}: the fastest tiles for {len(tuned.found)} of {len(all_tokens)} numbers of tokens")
     if missing := [str(tokens) for tokens in all_tokens if tokens not in tuned.found]:
         print(f"There was no time for {', '.join(missing)} tokens: give them as --tokens, or more --seconds.")

@@ -4,6 +4,7 @@ Nothing here imports torch or Triton before a worker has set its environment: Tr
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,8 @@ class CompilePool:
 
 
 def _start_worker(gpu: Gpu, paths: tuple[str, ...]) -> None:
+    # Who interrupts the program ends the pool; a traceback from each worker tells nothing.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     sys.path[:0] = paths
