@@ -23,13 +23,25 @@ def fused_call(w13: torch.Tensor, w2: torch.Tensor, scales: Sequence[torch.Tenso
     Args:
         scales: of blocks of w13 and w2 in FP8; None for BF16.
     """
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts_impl
-
     more = {}
     if scales is not None:
         block = [FP8_BLOCK, FP8_BLOCK]
         more = {"use_fp8_w8a8": True, "w1_scale": scales[0], "w2_scale": scales[1], "block_shape": block}
-    return lambda x, weights, ids: fused_experts_impl(x, w13, w2, weights, ids, **more)
+
+    def run(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # Imported here and not above: a peer that cannot be loaded fails as an engine of its own.
+        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts_impl
+
+        return fused_experts_impl(x, w13, w2, weights, ids, **more)
+
+    return run
+
+
+def sorts_by_library() -> bool:
+    """Whether vLLM sorts tokens by its compiled library, and not the stand-ins of `stubs`."""
+    from vllm import _custom_ops
+
+    return getattr(_custom_ops, "loaded", True)
 
 
 def engines(layer: PackedLayer, peer: bool, fp8: bool) -> Iterator[Engine]:

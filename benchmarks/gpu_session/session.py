@@ -55,7 +55,7 @@ class Session:
         self._file = (out / "session.jsonl").open("a", encoding="utf-8")
         self._begin, self._seconds = time.monotonic(), seconds
         self._changed = threading.Condition()
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
 
     def __enter__(self) -> Self:
         # Whoever ends the parent from outside ends the stages too, which are sessions of their own.
@@ -86,16 +86,16 @@ class Session:
         with contextlib.suppress(BrokenPipeError):
             print(line if len(line) < 300 else f"{line[:297]}...", flush=True)
 
-    def start(self, stage: Stage) -> "_Running | None":
+    def start(self, stage: Stage) -> "Running | None":
         """Begins a stage beside others; None where there is no time left."""
         if min(stage.limit, self.left) < LEAST:
             self.write(what="stage", stage=stage.name, skipped=f"{max(0.0, self.left):.0f} seconds are left")
             return None
-        running = _Running(stage, self)
+        running = Running(stage, self)
         self._running.append(running)
         return running
 
-    def end(self, running: "_Running") -> None:
+    def end(self, running: "Running") -> None:
         """Kills a stage that still runs; what it has written is kept."""
         running.finish(0)
         self._running.remove(running)
@@ -119,7 +119,9 @@ class Session:
         return True
 
 
-class _Running:
+class Running:
+    """A stage that was begun; only its `Session` ends it."""
+
     def __init__(self, stage: Stage, session: Session) -> None:
         self._stage, self._session = stage, session
         self._begin, self._others = time.monotonic(), ""

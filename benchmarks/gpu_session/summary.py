@@ -51,6 +51,8 @@ def _card(rows: Sequence[Row]) -> str:
     measured = [f"{name.replace('_', ' ', 1)} {value:,.0f}" for name, value in _ceilings(rows).items()]
     facts += [f"Measured ceilings: {', '.join(measured)}."] if measured else []
     facts += [f"A graph of {row['kernels']} launches: {row['us']:.1f} µs." for row in _of(rows, "launches")]
+    if any(not row["sorts_by_library"] for row in _of(rows, "peer")):
+        facts.append("vLLM's tokens are sorted by torch's kernels, its library not being there: few tokens say little.")
     return "\n".join(f"- {fact}" for fact in facts)
 
 

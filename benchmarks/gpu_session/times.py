@@ -5,12 +5,13 @@ Consecutive calls need other experts, more than the L2 cache holds, and their la
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
 
 from benchmarks.gpu_engines import Engine, bytes_moved
-from benchmarks.gpu_session.engines import engines
+from benchmarks.gpu_session.engines import engines, sorts_by_library
 from benchmarks.gpu_session.workload import Workload
 from vllm_puzzle.kernels import REFERENCE
 from vllm_puzzle.tuning.card import Card
@@ -31,6 +32,10 @@ def time_shape(card: Card, workload: Workload, shape: MoEShape, peer: bool, say:
     layer = PackedLayer(shape, card.device)
     # A vLLM's kernels are compiled, never interpreted.
     ready = list(engines(layer, peer and card.device.type == "cuda", fp8))
+    if peer and card.device.type == "cuda":
+        # Where there is none, its rows say so.
+        with suppress(ImportError):
+            say(what="peer", sorts_by_library=sorts_by_library())
     for num_tokens in workload.timed_tokens:
         for routing in ("random", "mates") if num_tokens in MATES else ("random",):
             _time_call(card, shape, layer, ready, num_tokens, routing, say)

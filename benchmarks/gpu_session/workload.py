@@ -49,7 +49,7 @@ class Workload:
         from vllm_puzzle.kernels.triton.configs import FOLDER, load_configs
 
         defaults = list(load_configs(FOLDER / f"{family}.json").items())
-        for key, config in defaults[-(self.keys or 0) :]:
+        for key, config in defaults if self.keys is None else defaults[-self.keys :]:
             for split_k in (1, 2) if shape == self.checked[0] else (1,):
                 fields = config.model_dump()
                 for part in (fields["gate_up"], fields["down"]):

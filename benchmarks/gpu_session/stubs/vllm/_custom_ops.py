@@ -5,11 +5,14 @@ from pathlib import Path
 import torch
 
 _LIBRARY = Path(__file__).with_name("_moe_C_stable_libtorch.abi3.so")
-_loaded = False
+loaded = False
 # Without a GPU nothing of it is called, and it need not load.
 if _LIBRARY.exists() and torch.cuda.is_available():
-    torch.ops.load_library(str(_LIBRARY))
-    _loaded = True
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+        loaded = True
+    except OSError as error:
+        print(f"{_LIBRARY.name} does not load, torch's kernels stand in: {error}", flush=True)
 
 
 def moe_align_block_size(
@@ -22,7 +25,7 @@ def moe_align_block_size(
     expert_map: torch.Tensor | None = None,
     scatter: torch.Tensor | None = None,
 ) -> None:
-    if _loaded:
+    if loaded:
         torch.ops._moe_C.moe_align_block_size(
             topk_ids, num_experts, block_size, sorted_ids, expert_ids, num_padded, expert_map
         )
@@ -47,7 +50,7 @@ def moe_sum(
     topk_ids: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
 ) -> None:
-    if _loaded:
+    if loaded:
         torch.ops._moe_C.moe_sum(input, output)
     else:
         torch.sum(input, dim=1, out=output)
