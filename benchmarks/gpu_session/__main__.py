@@ -43,10 +43,15 @@ def main() -> int:
         from benchmarks.gpu_session.stages import run_stage
 
         return run_stage(arguments.stage, options, arguments.gpu, arguments.limit)
-    with Session(options.out, arguments.seconds) as session:
-        (compile_only if arguments.compile_only else whole)(session, options)
-    text = summary(session.rows)
-    (options.out / "summary.md").write_text(text + "\n", encoding="utf-8")
+    if options.peer and not (options.peer / "vllm").is_dir():
+        parser.error(f"--peer {arguments.peer} has no folder vllm; give one that peer.zip was unpacked to")
+    try:
+        with Session(options.out, arguments.seconds) as session:
+            (compile_only if arguments.compile_only else whole)(session, options)
+        text = summary(session.rows)
+        (options.out / "summary.md").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {arguments.out} cannot be written: {error.strerror}; give another --out\n")
     print(f"\n{text}", flush=True)
     return 1 if failures(session.rows) else 0
 

@@ -33,8 +33,8 @@ def run_stage(name: str, options: Options, about: Any, limit: float) -> int:
             compile_all(options.workload, Gpu(**about), peer, options.jobs, options.stages, most, say)
         else:
             _on_the_card(name, options, options.workload, about, limit)
-    except Exception:
-        say(what="broken", traceback=traceback.format_exc()[-3000:])
+    except Exception as error:
+        say(what="broken", error=str(error)[:500], traceback=traceback.format_exc()[-3000:])
         return 1
     return 0
 

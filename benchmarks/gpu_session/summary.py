@@ -6,6 +6,12 @@ from benchmarks.gpu_session.session import Row
 
 _CHECKS = ("correct", "graph", "waits", "watched", "time", "tuned")
 _SHOWN = 8
+_CEILINGS = {
+    "read_gb_per_s": "GB/s read",
+    "copy_gb_per_s": "GB/s copied",
+    "bf16_tflops": "TFLOP/s in BF16",
+    "fp8_tflops": "TFLOP/s in FP8",
+}
 
 
 def failures(rows: Sequence[Row]) -> list[Row]:
@@ -33,11 +39,8 @@ def _of(rows: Iterable[Row], what: str) -> list[Row]:
 
 
 def _ceilings(rows: Sequence[Row]) -> dict[str, float]:
-    """What the card does at most, as measured: read_gb_per_s, copy_gb_per_s, bf16_tflops, fp8_tflops."""
-    found: dict[str, float] = {}
-    for row in _of(rows, "ceilings"):
-        found |= {name: value for name, value in row.items() if name.endswith(("_per_s", "_tflops"))}
-    return found
+    """What the card does at most, as measured, by the names in _CEILINGS."""
+    return {name: row[name] for row in _of(rows, "ceilings") for name in _CEILINGS if name in row}
 
 
 def _card(rows: Sequence[Row]) -> str:
@@ -48,7 +51,7 @@ def _card(rows: Sequence[Row]) -> str:
         ", ".join(f"{name} {value}" for name, value in row.items() if name not in ("at", "stage", "what"))
         for row in _of(rows, "nvidia-smi")[-1:]
     ]
-    measured = [f"{name.replace('_', ' ', 1)} {value:,.0f}" for name, value in _ceilings(rows).items()]
+    measured = [f"{_CEILINGS[name]} {value:,.0f}" for name, value in _ceilings(rows).items()]
     facts += [f"Measured ceilings: {', '.join(measured)}."] if measured else []
     facts += [f"A graph of {row['kernels']} launches: {row['us']:.1f} µs." for row in _of(rows, "launches")]
     if any(not row["sorts_by_library"] for row in _of(rows, "peer")):
@@ -67,6 +70,7 @@ def _checks(rows: Sequence[Row]) -> str:
         lines.append(f"- **WRONG** {', '.join(f'{name} {value}' for name, value in row.items() if name != 'ok')}")
     if len(wrong) > _SHOWN:
         lines.append(f"- **WRONG** {len(wrong) - _SHOWN} more, in session.jsonl")
+    lines += [f"- **BROKEN** {row['stage']}: {row['error']}" for row in _of(rows, "broken")]
     return "\n".join(lines)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu_session.__main__ import main
 from benchmarks.gpu_session.correctness import check_all
 from benchmarks.gpu_session.fake_card import FakeCard
+from benchmarks.gpu_session.peer import PeerError, gather
 from benchmarks.gpu_session.peer import main as gather_peer
 from benchmarks.gpu_session.session import Session, Stage
 from benchmarks.gpu_session.summary import failures, summary
@@ -224,6 +226,40 @@ def test_a_whole_session_in_the_interpreter(tmp_path: Path) -> None:
     assert len(list((tmp_path / "tiles").iterdir())) == 1
 
 
+@pytest.mark.parametrize(("arguments", "status", "sentence"), [
+    (["--out", "file"], 1, "file cannot be written: "),
+    (["--out", "out", "--peer", "."], 2, "--peer . has no folder vllm"),
+    (["--out", "out", "--stages", "none"], 2, "invalid choice: 'none'"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_one_sentence(
+    arguments: list[str],
+    status: int,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(sys, "argv", ["gpu_session", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == status
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert not Path("out").exists()
+
+
+def test_a_machine_without_a_card_is_told_so(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--seconds", "100"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 1
+    assert "- **BROKEN** card: the triton engine needs a CUDA or ROCm device" in run.stdout
+
+
 @pytest.fixture
 def peer(tmp_path: Path) -> Path:
     """vLLM's fused_moe, gathered from the vLLM that is installed here."""
@@ -247,6 +283,25 @@ def test_the_gathered_peer_imports_and_compiles(peer: Path, tmp_path: Path, monk
     assert [result.failure for result in done] == [None, None]
     names = {path.stem for path in (tmp_path / "cache").rglob("*.cubin")}
     assert {"fused_moe_kernel", "_silu_and_mul", "_quantize"} <= names
+
+
+def test_the_compiled_library_comes_from_a_wheel(tmp_path: Path) -> None:
+    fused = tmp_path / "vllm" / "model_executor" / "layers" / "fused_moe"
+    fused.mkdir(parents=True)
+    for name in ("fused_moe.py", "moe_align_block_size.py", "layer.py"):
+        (fused / name).touch()
+    wheel = tmp_path / "vllm.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("vllm/_moe_C_stable_libtorch.abi3.so", b"compiled")
+        archive.writestr("vllm/_C.abi3.so", b"more")
+    files = gather(tmp_path / "vllm", wheel)
+    assert files["vllm/_moe_C_stable_libtorch.abi3.so"] == b"compiled"
+    assert "vllm/logger.py" in files
+    assert not {"vllm/_C.abi3.so", "vllm/model_executor/layers/fused_moe/layer.py"} & set(files)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("vllm/_C.abi3.so", b"more")
+    with pytest.raises(PeerError, match=r"has no vllm/_moe_C_stable_libtorch.abi3.so; give a CUDA wheel"):
+        gather(tmp_path / "vllm", wheel)
 
 
 @pytest.mark.parametrize(("make", "sentence"), [
