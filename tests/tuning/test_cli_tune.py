@@ -144,3 +144,15 @@ def test_without_time_there_is_nothing_to_save(tmp_path: Path) -> None:
     tuned = tune(Interpreter(), shape, (1,), "bfloat16", tmp_path, 0, compile_ahead=False)
     assert tuned.found == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_candidates_are_compiled_ahead_for_as_long_as_there_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    shape = MoEShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
+    start = start_of(gpu_of(Interpreter.device), shape, 1)
+    tuned = tune(Interpreter(start), shape, (1,), "bfloat16", tmp_path / "tiles", 15, workers=1)
+    assert load_configs(tuned.path) == {1: start}
+    assert not tuned.found[1].finished
+    assert {"gate_up_kernel", "down_kernel"} <= {path.stem for path in (tmp_path / "cache").rglob("*.cubin")}
