@@ -214,14 +214,12 @@ def _say(sentence: str) -> None:
 
 
 def _run(command: Command, arguments: argparse.Namespace) -> int:
-    from vllm_puzzle.format import FormatError
-    from vllm_puzzle.kernels.errors import EngineError
     from vllm_puzzle.offline.errors import CheckpointError
 
     try:
         command(arguments)
         sys.stdout.flush()
-    except (CheckpointError, FormatError, EngineError) as error:
+    except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

@@ -59,9 +59,20 @@ def _positive(text: str) -> int:
 def tune(arguments: argparse.Namespace) -> None:
     """
     Raises:
-        FormatError: the checkpoint, or the sizes, are not what can be tuned for.
-        EngineError: there is no card, or it cannot run the kernels, or some tiles computed something wrong.
+        CheckpointError: the checkpoint, or the sizes, are not what can be tuned for; there is no card, or it cannot run
+            the kernels; or some tiles computed something wrong.
     """
+    from vllm_puzzle.format import FormatError
+    from vllm_puzzle.kernels.errors import EngineError
+    from vllm_puzzle.offline.errors import CheckpointError
+
+    try:
+        _tune(arguments)
+    except (EngineError, FormatError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _tune(arguments: argparse.Namespace) -> None:
     import torch
 
     from vllm_puzzle.kernels.errors import EngineError
@@ -90,8 +101,7 @@ def tune(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise EngineError(f"{folder} cannot be written: {error.strerror or error}; give another --output") from None
     except KeyboardInterrupt:
-        print(f"interrupted; what was reported is saved in {folder}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise KeyboardInterrupt(f"what was reported is saved in {folder}") from None
     print(f"{tuned.path}: the fastest tiles for {len(tuned.found)} of {len(all_tokens)} numbers of tokens")
     if missing := [str(tokens) for tokens in all_tokens if tokens not in tuned.found]:
         print(f"There was no time for {', '.join(missing)} tokens: give them as --tokens, or more --seconds.")

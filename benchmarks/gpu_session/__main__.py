@@ -45,14 +45,20 @@ def main() -> int:
         return run_stage(arguments.stage, options, arguments.gpu, arguments.limit)
     if options.peer and not (options.peer / "vllm").is_dir():
         parser.error(f"--peer {arguments.peer} has no folder vllm; give one that peer.zip was unpacked to")
+    interrupted = False
     try:
         with Session(options.out, arguments.seconds) as session:
-            (compile_only if arguments.compile_only else whole)(session, options)
+            try:
+                (compile_only if arguments.compile_only else whole)(session, options)
+            except KeyboardInterrupt:
+                interrupted = True
         text = summary(session.rows)
         (options.out / "summary.md").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: {arguments.out} cannot be written: {error.strerror}; give another --out\n")
     print(f"\n{text}", flush=True)
+    if interrupted:
+        return 130
     return 1 if failures(session.rows) else 0
 
 

@@ -214,6 +214,19 @@ def test_a_session_in_the_interpreter(tmp_path: Path) -> None:
     assert (tmp_path / "summary.md").read_text().strip() in run.stdout
 
 
+def test_ended_from_outside_it_still_says_what_it_found(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--fake", "--seconds", "300"]
+    process = subprocess.Popen([*command, "--stages", "correct"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while '"what": "gpu"' not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "- interpreter, 4 multiprocessors" in output
+    assert "when no longer needed" in output
+
+
 @pytest.mark.slow
 def test_a_whole_session_in_the_interpreter(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--fake", "--seconds", "500"]
