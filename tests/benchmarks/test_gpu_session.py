@@ -20,7 +20,7 @@ from benchmarks.gpu_session.peer import main as gather_peer
 from benchmarks.gpu_session.session import Session, Stage
 from benchmarks.gpu_session.summary import failures, summary
 from benchmarks.gpu_session.workload import FAKE, REAL, compile_peer, tasks
-from vllm_puzzle.kernels.triton import triton_moe
+from vllm_puzzle.kernels.triton import INTERPRETED, triton_moe
 from vllm_puzzle.tuning.compiling import CompilePool
 from vllm_puzzle.tuning.gpu import HOPPER
 from vllm_puzzle.tuning.shape import MoEShape
@@ -105,6 +105,7 @@ def test_a_line_is_on_the_disk_when_it_is_printed(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 def test_a_wrong_result_is_reported(tmp_path: Path) -> None:
     """From the check that finds it to the summary: a kernel that forgets a token, and one that does not repeat."""
     rows: list[Row] = []

@@ -15,6 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
+from vllm_puzzle.kernels.triton import INTERPRETED
 from vllm_puzzle.kernels.triton.configs import Config, load_configs
 from vllm_puzzle.tuning import tuner
 from vllm_puzzle.tuning.card import Call, Card
@@ -23,6 +24,8 @@ from vllm_puzzle.tuning.search import Found
 from vllm_puzzle.tuning.shape import MoEShape, read_shape
 from vllm_puzzle.tuning.tuner import start_of, tune
 
+# With a GPU, Triton compiles in this process.
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 SIZES = ["--num-experts", "8", "--top-k", "2", "--hidden-size", "64", "--intermediate-size", "32"]
 
 
@@ -119,6 +122,7 @@ class Interpreter(Card):
         return [10.0 for _ in works]
 
 
+@interpreted
 def test_the_file_has_what_was_found_and_keeps_what_it_had(tmp_path: Path) -> None:
     shape = MoEShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
     gpu = gpu_of(Interpreter.device)
@@ -139,6 +143,7 @@ def test_the_file_has_what_was_found_and_keeps_what_it_had(tmp_path: Path) -> No
     assert list(load_configs(tuned.path)) == [1, 2, 3]
 
 
+@interpreted
 def test_without_time_there_is_nothing_to_save(tmp_path: Path) -> None:
     shape = MoEShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
     tuned = tune(Interpreter(), shape, (1,), "bfloat16", tmp_path, 0, compile_ahead=False)
@@ -146,6 +151,7 @@ def test_without_time_there_is_nothing_to_save(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@interpreted
 def test_candidates_are_compiled_ahead_for_as_long_as_there_is_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def read_shape(packed: Path) -> tuple[MoEShape, str]:
         raise FormatError(f"{path} is not that of a packed checkpoint; give the folder that convert wrote")
     sizes = PuzzleMoEQuantizationConfig.parse(quantization, f"{path}: quantization_config")
     try:
-        text = AutoConfig.from_pretrained(packed).get_text_config()
+        text = AutoConfig.from_pretrained(packed, trust_remote_code=False, local_files_only=True).get_text_config()
         top_k = int(text.num_experts_per_tok)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise FormatError(
