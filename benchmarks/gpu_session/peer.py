@@ -92,7 +92,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     size = arguments.destination.stat().st_size
-    print(f"{arguments.destination}: {len(files)} files, {size / 2**20:.1f} MiB")
+    print(f"{arguments.destination}: {len(files)} files, {size:,} bytes")
     return 0
 
 

@@ -215,6 +215,21 @@ def test_a_session_in_the_interpreter(tmp_path: Path) -> None:
     assert (tmp_path / "summary.md").read_text().strip() in run.stdout
 
 
+def test_a_wrong_result_makes_the_program_fail(tmp_path: Path) -> None:
+    # Python imports it first, in every process: what should be right is twice as much.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from vllm_puzzle.kernels import operator\n"
+        "right = operator.reference_moe\n"
+        "operator.reference_moe = lambda *arguments: 2 * right(*arguments)\n"
+    )
+    command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--fake", "--seconds", "300"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([*command, "--stages", "graphs"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "- graph: 0 of 3 right" in run.stdout
+    assert run.stdout.count("**WRONG**") == 3
+
+
 def test_ended_from_outside_it_still_says_what_it_found(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--fake", "--seconds", "300"]
     process = subprocess.Popen([*command, "--stages", "correct"], stdout=subprocess.PIPE, text=True)
