@@ -69,12 +69,11 @@ def _compile(options: Options, gpu: Mapping[str, Any], limit: float) -> Stage:
 
 
 def _is_compiled(name: str, rows: Sequence[Row]) -> bool:
-    """Whether all that a stage launches is, or nothing more will be."""
+    """Whether all that a stage launches is."""
     counts = [row["count"] for row in rows if row["what"] == "to compile" and row["stage"] == name]
     done = sum(row["what"] == "compiled" and row["stage"] == name for row in rows)
     begun = any(row["what"] == "to compile" for row in rows)
-    over = any(row["what"] == "stage" and row["stage"] == "compile" for row in rows)
-    return over or (begun and done >= sum(counts))
+    return begun and done >= sum(counts)
 
 
 def compile_only(session: Session, options: Options) -> None:
@@ -108,7 +107,7 @@ def whole(session: Session, options: Options) -> None:
 
     def wait(name: str) -> None:
         if compiling is not None:
-            session.wait(lambda rows: _is_compiled(name, rows), COMPILE_SECONDS)
+            session.wait(lambda rows: compiling.over or _is_compiled(name, rows), COMPILE_SECONDS)
 
     if "ceilings" in options.stages:
         run("ceilings")

@@ -108,8 +108,13 @@ class Session:
         self._running.remove(running)
         return well
 
+    def wake(self) -> None:
+        """Has `wait` look again."""
+        with self._changed:
+            self._changed.notify_all()
+
     def wait(self, happened: Callable[[Sequence[Row]], bool], limit: float) -> bool:
-        """Waits until the lines so far say that something happened; whether they do."""
+        """Waits until something has happened, which is asked with the lines so far; whether it has."""
         end = time.monotonic() + min(limit, self.left)
         with self._changed:
             while not happened(self.rows):
@@ -119,11 +124,16 @@ class Session:
 
 
 class Running:
-    """A stage that was begun; only its `Session` ends it."""
+    """A stage that was begun; only its `Session` ends it.
+
+    Attributes:
+        over: whether it has written its last line.
+    """
 
     def __init__(self, stage: Stage, session: Session) -> None:
         self._stage, self._session = stage, session
         self._begin, self._others = time.monotonic(), ""
+        self.over = False
         self._process = subprocess.Popen(
             stage.command,
             stdin=subprocess.DEVNULL,
@@ -150,6 +160,8 @@ class Running:
                     self._session.write(**{"stage": self._stage.name} | row)
             else:
                 self._others = (self._others + line)[-_OUTPUT_CHARACTERS:]
+        self.over = True
+        self._session.wake()
 
     def finish(self, limit: float) -> bool:
         """Waits so long, then kills; whether it ended by itself and well."""

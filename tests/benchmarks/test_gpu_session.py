@@ -73,6 +73,16 @@ def test_a_stage_that_crashes_keeps_its_lines_and_its_last_words(tmp_path: Path)
     assert rows[0]["stage"] == "crash"
 
 
+def test_nobody_waits_for_a_stage_that_is_over(tmp_path: Path) -> None:
+    with Session(tmp_path, 300) as session:
+        crash = session.start(stage("beside", say(what="begun") + "import os; os.abort()"))
+        assert crash is not None
+        begin = time.monotonic()
+        assert session.wait(lambda rows: crash.over or any(row["what"] == "never" for row in rows), 200)
+        assert time.monotonic() - begin < 100
+    assert [row["what"] for row in lines(tmp_path)] == ["begun", "stage"]
+
+
 def test_the_time_is_kept_whatever_runs(tmp_path: Path) -> None:
     begin = time.monotonic()
     with Session(tmp_path, 12) as session:
