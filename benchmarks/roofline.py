@@ -12,6 +12,7 @@ from math import exp, lgamma, log
 from typing import Literal, NamedTuple
 
 from benchmarks.gpu_devices import DEVICES, Device
+from vllm_puzzle.tuning.shape import MoEShape as MoEShape
 
 Bound = Literal["memory", "tensor", "alu", "half", "issue"]
 
@@ -42,22 +43,6 @@ ASSUMPTIONS = (
     "Instructions per element are counted in the machine code of the configuration that the engine takes for the "
     "number of tokens; BF16 has those of the loop for one member, but none of its integer and half-precision ones.",
 )
-
-
-@dataclass(frozen=True)
-class MoEShape:
-    """The routed experts of one layer; `num_experts / 2` slots hold them."""
-
-    name: str
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
-    top_k: int
-
-    @property
-    def expert_elements(self) -> int:
-        """Weights of one expert, which is also words of one slot: gate, up and down."""
-        return 3 * self.hidden_size * self.intermediate_size
 
 
 # From the models' published config.json.

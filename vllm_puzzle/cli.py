@@ -1,4 +1,4 @@
-"""The command line: `vllm-puzzle convert | verify | unpack | plan | inspect`."""
+"""The command line: `vllm-puzzle convert | verify | unpack | plan | inspect | tune`."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from tqdm import tqdm
 import vllm_puzzle
 from vllm_puzzle.cli_config import add_config, expand_config
 from vllm_puzzle.cli_reports import add_inspect, add_plan, inspect, plan
+from vllm_puzzle.cli_tune import add_tune, tune
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -203,6 +204,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comma
     "unpack": ("write a packed checkpoint back in BF16", _add_unpack, _unpack),
     "plan": ("say what packing would save and where the model would fit", add_plan, plan),
     "inspect": ("show what a packed checkpoint holds", add_inspect, lambda arguments: inspect(arguments, _progress)),
+    "tune": ("find the fastest tiles for a model on this GPU", add_tune, tune),
 }
 
 

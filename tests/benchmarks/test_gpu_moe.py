@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks import gpu_moe
-from benchmarks.gpu_moe import bytes_moved, draw, main
-from benchmarks.roofline import MoEShape
+from benchmarks.gpu_engines import bytes_moved, fp8_blocks
+from benchmarks.gpu_moe import main
+from vllm_puzzle.tuning.layer import draw
+from vllm_puzzle.tuning.shape import MoEShape
 
 # An expert has 3 * 4 * 8 = 96 weights.
 SHAPE = MoEShape("small", num_experts=8, hidden_size=4, intermediate_size=8, top_k=4)
@@ -36,7 +38,7 @@ def test_bytes_by_hand() -> None:
 def test_fp8_blocks_have_their_own_scales() -> None:
     weights = torch.randn(2, 256, 128).bfloat16()
     weights[1, 128:] *= 1000
-    rounded, scales = gpu_moe._fp8(weights, torch.float8_e4m3fn)
+    rounded, scales = fp8_blocks(weights, torch.float8_e4m3fn)
     assert (rounded.shape, scales.shape) == (weights.shape, (2, 2, 1))
     restored = rounded.float() * scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
     # Three bits after the leading one.

@@ -203,8 +203,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None
 def test_each_gpu_gets_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
     for major, minor, family in ((8, 0, "sm80"), (8, 9, "sm89"), (9, 0, "sm90"), (10, 3, "sm100"), (12, 0, "sm89")):
         target = current_target(gpu(monkeypatch, major, minor))
-        assert target == Target(family=family, device_name="NVIDIA_X_1_Y", num_sms=99, ptx=True)
-    assert current_target(gpu(monkeypatch, 9, 4, hip="6.4")) == Target("gfx942", "NVIDIA_X_1_Y", 99, ptx=False)
+        assert target == Target(family=family, device_name="NVIDIA X/1 Y", num_sms=99, ptx=True)
+    assert current_target(gpu(monkeypatch, 9, 4, hip="6.4")) == Target("gfx942", "NVIDIA X/1 Y", 99, ptx=False)
 
 
 def test_the_engine_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +240,9 @@ def test_tuned_configurations_come_first(tmp_path: Path, monkeypatch: pytest.Mon
     tuned = load_configs(FOLDER / "sm90.json")
     chosen = {1: tuned[min(tuned)], 64: tuned[max(tuned)]}
     text = ", ".join(f'"{key}": {config.model_dump_json()}' for key, config in chosen.items())
-    (tmp_path / "E=8,N=96,device_name=tuned_for,dtype=puzzlemoe.json").write_text(f"{{{text}}}", encoding="utf-8")
+    (tmp_path / "E-8_N-96_device_name-AMD_X-1_80GB_dtype-puzzlemoe.json").write_text(f"{{{text}}}", encoding="utf-8")
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
-    target = Target(family="sm90", device_name="tuned_for", num_sms=132, ptx=True)
+    target = Target(family="sm90", device_name="AMD X-1 (80GB) ", num_sms=132, ptx=True)
     for num_tokens, key in ((1, 1), (30, 1), (40, 64), (5000, 64)):
         assert find_config(target, 8, 4, 64, 96, 2, num_tokens) == chosen[key]
 

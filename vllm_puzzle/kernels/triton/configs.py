@@ -1,14 +1,14 @@
 """Finding how the products are cut: a file tuned for the device and the shape, or else defaults for its family.
 
-Tuned files are named and found as those of vLLM's own `fused_moe` kernel: `E={num_experts},N={intermediate_size},
-device_name={name},dtype=puzzlemoe.json`, in $VLLM_TUNED_CONFIG_FOLDER and then among this package's own. They map
-numbers of tokens to configurations, and the nearest is taken. A default file, `{family}.json`, maps mean numbers of
-tokens per expert to configurations, of which the first that suffices is taken; its sums are split as far as enough
-programs ask for.
+Tuned files are found as those of vLLM's own `fused_moe` kernel, in $VLLM_TUNED_CONFIG_FOLDER and then among this
+package's own, under names that `file_name` makes. They map numbers of tokens to configurations, and the nearest is
+taken. A default file, `{family}.json`, maps mean numbers of tokens per expert to configurations, of which the first
+that suffices is taken; its sums are split as far as enough programs ask for.
 """
 
 import logging
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -85,8 +85,14 @@ def load_configs(path: Path) -> dict[int, Config]:
 
 
 def file_name(num_experts: int, intermediate_size: int, device_name: str) -> str:
-    """Of a tuned file; `intermediate_size` is this rank's part."""
-    return f"E={num_experts},N={intermediate_size},device_name={device_name},dtype=puzzlemoe.json"
+    """Of a tuned file: as vLLM's, in letters, digits, `.`, `-` and `_`, which every tool and file system carries.
+
+    Args:
+        intermediate_size: this rank's part.
+        device_name: as the driver gives it; whatever it has beside these characters becomes `_`.
+    """
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", device_name).strip("_")
+    return f"E-{num_experts}_N-{intermediate_size}_device_name-{name}_dtype-puzzlemoe.json"
 
 
 @cache
@@ -107,6 +113,19 @@ def find_config(
     tuned = _find_tuned(file_name(num_experts, intermediate_size, target.device_name))
     if tuned is not None:
         return tuned[min(tuned, key=lambda key: abs(key - num_tokens))]
+    return default_config(target, num_experts, num_slots, hidden_size, intermediate_size, top_k, num_tokens)
+
+
+def default_config(
+    target: Target,
+    num_experts: int,
+    num_slots: int,
+    hidden_size: int,
+    intermediate_size: int,
+    top_k: int,
+    num_tokens: int,
+) -> Config:
+    """As `find_config`, whatever was tuned."""
     defaults = load_configs(FOLDER / f"{target.family}.json")
     tokens_per_expert = num_tokens * top_k / num_experts
     key = next((key for key in defaults if key >= tokens_per_expert), max(defaults))

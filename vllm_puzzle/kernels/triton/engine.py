@@ -62,6 +62,7 @@ def triton_moe(
     activation: str,
     apply_router_weight_on_input: bool,
     config: Config | None = None,
+    target: Target | None = None,
 ) -> torch.Tensor:
     """See `packed_moe`; sums run in float32.
 
@@ -70,6 +71,7 @@ def triton_moe(
 
     Args:
         config: how the products are cut; by default what `find_config` finds for the device and the shape.
+        target: what the kernels are compiled for; by default the device of x.
     """
     num_tokens, hidden_size = x.shape
     num_slots, _, intermediate_size = w2.shape
@@ -78,7 +80,8 @@ def triton_moe(
     output = torch.empty_like(x)
     if num_tokens == 0:
         return output
-    target = current_target(x.device)
+    if target is None:
+        target = current_target(x.device)
     dtype = DTYPES[x.dtype]
     if config is None:
         sizes = (slot_of_expert.shape[0], num_slots, hidden_size, intermediate_size, top_k, num_tokens)

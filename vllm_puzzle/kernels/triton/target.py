@@ -17,7 +17,7 @@ class Target:
     """
     Attributes:
         family: sm80, sm89, sm90, sm100 or gfx942: whose defaults are taken.
-        device_name: as in the names of vLLM's own configurations.
+        device_name: as the driver gives it.
         num_sms: streaming multiprocessors, or compute units.
         ptx: whether inline PTX is understood.
     """
@@ -48,8 +48,7 @@ def current_target(device: torch.device) -> Target:
             f"VLLM_PUZZLE_ENGINE=auto or reference"
         )
     properties = torch.cuda.get_device_properties(device)
-    name = properties.name.replace(" ", "_").replace("/", "_")
-    num_sms = properties.multi_processor_count
+    name, num_sms = properties.name, properties.multi_processor_count
     if torch.version.hip is not None:
         return Target(family="gfx942", device_name=name, num_sms=num_sms, ptx=False)
     capability = properties.major * 10 + properties.minor

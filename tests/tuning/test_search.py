@@ -1,22 +1,23 @@
 """The search for tile configurations where there is no GPU: measurements are made up, files are real."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import tune_gpu
-from benchmarks.roofline import SHAPES
-from benchmarks.tune_gpu import PRODUCT, SHARED, Limits, Part, candidates, main, save, search
 from vllm_puzzle.kernels import EngineError
 from vllm_puzzle.kernels.triton.configs import Config, file_name, find_config, load_configs
 from vllm_puzzle.kernels.triton.target import Target
+from vllm_puzzle.tuning.candidates import SHARED, STEPS, Limits, candidates
+from vllm_puzzle.tuning.measuring import WrongResultError
+from vllm_puzzle.tuning.search import search
+from vllm_puzzle.tuning.shape import MoEShape
+from vllm_puzzle.tuning.tuner import save
 
-SHAPE = SHAPES[1]
-SIZES = (SHAPE.num_experts, SHAPE.num_experts // 2, SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.top_k)
+SHAPE = MoEShape("Qwen3-30B-A3B", num_experts=128, hidden_size=2048, intermediate_size=768, top_k=8)
+SIZES = (SHAPE.num_experts, SHAPE.num_slots, SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.top_k)
 TARGET = Target(family="sm90", device_name="untuned", num_sms=132, ptx=True)
 LIMITS = Limits(SHAPE, num_tokens=1, shared_memory=227 * 1024, warp_size=32, num_sms=132)
 START = find_config(TARGET, *SIZES, 1)
@@ -37,7 +38,7 @@ def distance(config: Config, other: Config) -> int:
 def test_the_search_finds_what_is_best_in_every_field() -> None:
     found = search(lambda config: 10.0 + distance(config, BEST), START, LIMITS)
     assert (found.config, found.us, found.us_before) == (BEST, 10.0, 10.0 + distance(START, BEST))
-    assert found.num_failed == 0
+    assert (found.num_failed, found.wrong, found.finished) == (0, (), True)
 
 
 @pytest.mark.parametrize("others", [lambda config: 10.0, lambda config: 9.95, lambda config: 50.0, lambda config: None])
@@ -49,19 +50,55 @@ def test_the_start_stays_unless_something_is_faster(others: Callable[[Config], f
 def test_what_does_not_run_is_counted_and_passed_over() -> None:
     found = search(lambda config: None if config.members == 1 else 10.0 + distance(config, BEST), START, LIMITS)
     assert found.config == BEST.model_copy(update={"members": 2})
-    shared = list(candidates(START, None, SHARED, LIMITS))
+    shared = candidates(START, None, SHARED, LIMITS)
     assert found.num_failed == sum(candidate.members == 1 for candidate in shared)
     with pytest.raises(EngineError, match="does not run"):
         search(lambda config: None, START, LIMITS)
+
+
+def test_what_did_not_compile_is_not_measured() -> None:
+    def prepare(configs: Sequence[Config], end: float) -> Iterable[tuple[Config, bool]]:
+        return ((config, config.members == 2) for config in configs)
+
+    def measure(config: Config) -> float:
+        assert config.members == 2
+        return 10.0 + distance(config, BEST)
+
+    found = search(measure, START, LIMITS, prepare)
+    assert found.config == BEST.model_copy(update={"members": 2})
+    assert found.num_failed > 0
+
+
+def test_a_wrong_result_is_told_and_never_chosen() -> None:
+    def measure(config: Config) -> float:
+        if config.members == 1:
+            raise WrongResultError("differs by 0.5")
+        return 10.0 + distance(config, BEST)
+
+    found = search(measure, START, LIMITS)
+    assert found.config.members == 2
+    assert found.wrong
+    assert all('"members":1' in sentence and "differs by 0.5" in sentence for sentence in found.wrong)
+    with pytest.raises(EngineError, match=r"differs by 0.5: a mistake of the kernels"):
+        search(measure, BEST, LIMITS)
+
+
+def test_time_that_is_over_leaves_the_best_so_far() -> None:
+    calls = []
+
+    def measure(config: Config) -> float:
+        calls.append(config)
+        return 10.0
+
+    found = search(measure, START, LIMITS, end=time.monotonic())
+    assert (found.config, found.finished, calls) == (START, False, [START])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 4096])
 def test_candidates_can_run_and_are_valid(num_tokens: int) -> None:
     limits = replace(LIMITS, num_tokens=num_tokens)
     start = find_config(TARGET, *SIZES, num_tokens)
-    parts: tuple[Part, ...] = ("gate_up", "down")
-    spaces = [(None, SHARED), *product(parts, PRODUCT)]
-    everything = [candidate for part, space in spaces for candidate in candidates(start, part, space, limits)]
+    everything = [candidate for part, space in STEPS for candidate in candidates(start, part, space, limits)]
     assert len(everything) > 30
     assert start not in everything
     for config in everything:
@@ -74,12 +111,23 @@ def test_candidates_can_run_and_are_valid(num_tokens: int) -> None:
             assert tile.split_k == 1 or (parts_k >= 2 and not rest)
 
 
+def test_the_nearest_candidates_come_first() -> None:
+    part, space = STEPS[1]
+    assert part == "gate_up"
+    changed = [distance(candidate, START) for candidate in candidates(START, part, space, LIMITS)]
+    assert changed[0] == 1
+    assert changed[-1] > 1
+
+
 def test_the_engine_finds_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
-    path = tmp_path / file_name(SHAPE.num_experts, SHAPE.intermediate_size, "tuned")
+    device = "NVIDIA RTX PRO 6000 (Blackwell/Server), 96=GB"
+    path = tmp_path / file_name(SHAPE.num_experts, SHAPE.intermediate_size, device)
+    assert path.parent == tmp_path
+    assert set(path.name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
     save(path, {64: START, 4: BEST})
     assert load_configs(path) == {4: BEST, 64: START}
-    found = [find_config(replace(TARGET, device_name="tuned"), *SIZES, num_tokens) for num_tokens in (1, 33, 500)]
+    found = [find_config(replace(TARGET, device_name=device), *SIZES, num_tokens) for num_tokens in (1, 33, 500)]
     assert found == [BEST, BEST, START]
 
 
@@ -87,31 +135,8 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path: Path, monkeypatch: 
     path = tmp_path / "configs.json"
     save(path, {4: START})
     before = path.read_bytes()
-    monkeypatch.setattr("benchmarks.tune_gpu.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save(path, {4: BEST})
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("option", "status", "sentence"),
-    [
-        ("--tokens=1", 1, "torch finds none here"),
-        ("--tokens=0", 2, "not a positive whole number"),
-        ("--tensor-parallel=5", 2, "does not divide"),
-    ],
-)
-def test_without_a_card_it_says_so_and_does_nothing(
-    option: str, status: int, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tune_gpu, "tune", lambda *_: pytest.fail("it began to work"))
-    sizes = ["--num-experts", "8", "--top-k", "2", "--hidden-size", "64", "--intermediate-size", "32"]
-    monkeypatch.setattr("sys.argv", ["tune_gpu", *sizes, option])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == status
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert status == 2 or error.count("\n") == 1

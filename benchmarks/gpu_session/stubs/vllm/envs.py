@@ -1,0 +1,5 @@
+"""No variable is read."""
+
+VLLM_BATCH_INVARIANT = False
+VLLM_TRITON_USE_TD = None
+VLLM_TUNED_CONFIG_FOLDER = None

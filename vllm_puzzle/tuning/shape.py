@@ -1,0 +1,62 @@
+"""The sizes that tiles are tuned for, given or read from a packed checkpoint."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """The routed experts of one layer; `num_experts / 2` slots hold them."""
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+
+    @property
+    def num_slots(self) -> int:
+        """Where all experts are in pairs."""
+        return -(-self.num_experts // 2)
+
+    @property
+    def expert_elements(self) -> int:
+        """Weights of one expert, which is also words of one slot: gate, up and down."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+
+def read_shape(packed: Path) -> tuple[MoEShape, str]:
+    """The shape of a packed checkpoint's layers, and the dtype of its activations: bfloat16 or float16.
+
+    Raises:
+        FormatError: config.json cannot be read, is not that of a packed checkpoint, or does not say how many experts a
+            token has.
+    """
+    from transformers import AutoConfig
+
+    from vllm_puzzle.format import QUANT_METHOD, FormatError, PuzzleMoEQuantizationConfig
+
+    path = packed / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}; give the folder that convert wrote") from None
+    except ValueError as error:
+        raise FormatError(f"{path} is not JSON: {error}; copy or convert the checkpoint again") from None
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise FormatError(f"{path} is not that of a packed checkpoint; give the folder that convert wrote")
+    sizes = PuzzleMoEQuantizationConfig.parse(quantization, f"{path}: quantization_config")
+    try:
+        text = AutoConfig.from_pretrained(packed, trust_remote_code=False, local_files_only=True).get_text_config()
+        top_k = int(text.num_experts_per_tok)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path} does not say how many experts a token has ({' '.join(str(error).split())}); give the four sizes "
+            f"in place of the checkpoint"
+        ) from None
+    dtype = str(getattr(text, "dtype", None)).removeprefix("torch.")
+    shape = MoEShape(packed.name, sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, top_k)
+    return shape, dtype if dtype == "float16" else "bfloat16"
