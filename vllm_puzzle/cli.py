@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt as error:
             # What is said there knows more than the command does, such as what was kept.
             outcome = str(error) or getattr(arguments, "interrupted", "nothing was changed")
-            tell_error(arguments, f"{'terminated' if received else 'interrupted'}; {outcome}")
+            tell_error(arguments, f"{'terminated' if received else 'interrupted'}; {outcome}", lead="")
             return 128 + (received or [signal.SIGINT])[0]
     return 0
 

@@ -22,13 +22,9 @@ def tell(arguments: argparse.Namespace, result: Mapping[str, Any], text: str) ->
     _put(_object(arguments, result=result) if arguments.json else text, sys.stdout)
 
 
-def tell_error(arguments: argparse.Namespace, sentence: str) -> None:
-    """Says on standard error what went wrong, and as JSON too if that was asked for.
-
-    An interruption comes as it is, since it is the user's own doing.
-    """
-    interrupted = sentence.startswith(("interrupted", "terminated"))
-    _put(sentence if interrupted else f"error: {sentence}", sys.stderr)
+def tell_error(arguments: argparse.Namespace, sentence: str, lead: str = "error: ") -> None:
+    """Says on standard error, after `lead`, why there is no result, and as JSON too if that was asked for."""
+    _put(lead + sentence, sys.stderr)
     if "about" in arguments and arguments.json:
         _put(_object(arguments, error=sentence), sys.stdout)
 
