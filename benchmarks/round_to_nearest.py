@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 
 from vllm_puzzle.offline.checkpoint import Checkpoint
+from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.experts import check_experts, expected_experts
 from vllm_puzzle.offline.families import find_moe_shape
-from vllm_puzzle.offline.options import DEFAULT_SHARD_SIZE
 from vllm_puzzle.offline.shards import Planned, ShardWriter, plan_shards
-from vllm_puzzle.offline.writer import check_destination, new_checkpoint
+from vllm_puzzle.offline.writer import check_destination, check_room, new_checkpoint
 
 Format = Literal["fp8", "int4"]
 
@@ -50,7 +50,8 @@ def round_experts(source: Path, destination: Path, to: Format) -> None:
     checkpoint = Checkpoint(source)
     shape = find_moe_shape(checkpoint.config, str(source / "config.json"))
     check_experts(checkpoint, shape)
-    check_destination(destination, checkpoint.num_bytes)
+    check_destination(destination)
+    check_room(destination, checkpoint.num_bytes)
     experts = expected_experts(shape)
     rounding = round_to_fp8 if to == "fp8" else round_to_int4
     names = sorted(checkpoint.tensors)

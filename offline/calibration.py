@@ -13,13 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from vllm_puzzle.format import Calibration
 
 from .checkpoint import Checkpoint
+from .defaults import SEQUENCE_LENGTH
 from .errors import CheckpointError
 from .families import MoEShape
 from .layer import TOKENS_AT_ONCE, RoutedTokens
-
-# PuzzleMoE, section 4: 128 sequences of 2048 tokens.
-SEQUENCE_LENGTH = 2048
-DEFAULT_SEQUENCES = 128
+from .wording import label
 
 
 def read_calibration(
@@ -47,7 +45,7 @@ def read_calibration(
         raise CheckpointError(f"calibration text {path} has {len(ids)} tokens; give some pages of text")
     count = min(sequences, len(ids) // length)
     provenance = Calibration(
-        source=path.name, sha256=hashlib.sha256(raw).hexdigest(), sequences=count, sequence_length=length
+        source=label(path), sha256=hashlib.sha256(raw).hexdigest(), sequences=count, sequence_length=length
     )
     return ids[: count * length].reshape(count, length), provenance
 

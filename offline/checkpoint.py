@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
+from vllm_puzzle.format import QUANT_METHOD
+
 from .errors import CheckpointError
 from .manifest import MANIFEST_FILE
 
@@ -18,6 +23,21 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 FLOATING_DTYPES = ("BF16", "F16", "F32")
+
+# Every dtype of safetensors that torch has too, in bits; copied as it is. F4 comes in pairs along the last dimension.
+_BITS = {
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    "F4": 4,
+}
+
+# The weights of some models once more, in the layout and with the names of those who trained them.
+_CONSOLIDATED = "consolidated"
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -51,13 +71,18 @@ class Checkpoint:
 
     Raises:
         CheckpointError: no directory, no config.json, no safetensors, a shard that is missing, truncated or escapes
-            the directory, or a tensor that the index and the shards disagree about.
+            the directory, a tensor that the index and the shards disagree about, or one of a dtype that torch lacks.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a directory; give the folder that holds config.json and safetensors")
+        # Not Path.is_dir, which raises where the name is too long.
+        if not os.path.isdir(path):
+            mend = "give the folder that holds config.json and safetensors"
+            if _HUB_ID.fullmatch(str(path)) and not os.path.lexists(path):
+                mend += f"; a model on the hub is fetched by `hf download {path} --local-dir FOLDER`"
+            raise CheckpointError(f"{path} is not a directory; {mend}")
+        check_utf8(path)
         self.raw_config: dict[str, Any] = read_json(path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._read_weight_map()
@@ -85,7 +110,7 @@ class Checkpoint:
         """Whatever the shards hold, under names of the caller's; raises CheckpointError where it cannot be read."""
         tensors = {}
         for shard in sorted({part.shard for part in parts.values()}):
-            with _open(self.path / shard) as file:
+            with self._open(shard) as file:
                 for name, part in parts.items():
                     if part.shard != shard:
                         continue
@@ -109,34 +134,75 @@ class Checkpoint:
             and (file.suffix in kinds or file.name.upper().startswith(("LICENSE", "NOTICE")))
         )
 
+    @property
+    def remedy(self) -> str:
+        """What helps against damaged files."""
+        if is_packed(self.raw_config):
+            return "copy the packed checkpoint or convert its source again"
+        return "copy or download the checkpoint again"
+
     def _read_weight_map(self) -> dict[str, str]:
+        """Which shard holds each tensor: by the index, or as vLLM has it, all shards where there is none."""
         index = self.path / INDEX_FILE
         if index.is_file():
-            return read_weight_map(index)
-        single = self.path / SINGLE_FILE
-        if not single.is_file():
+            return read_weight_map(index, self.remedy)
+        weight_map: dict[str, str] = {}
+        for shard in self._find_shards():
+            with self._open(shard) as file:
+                for name in sorted(file.keys()):
+                    if name in weight_map:
+                        raise CheckpointError(
+                            f"{self.path}: tensor {name} is in {weight_map[name]} and in {shard}, and no {INDEX_FILE} "
+                            f"says which of them counts; leave one of the files out"
+                        )
+                    weight_map[name] = shard
+        return weight_map
+
+    def _find_shards(self) -> list[str]:
+        files = sorted(file.name for file in self.path.glob("*.safetensors"))
+        shards = [name for name in files if not name.startswith(_CONSOLIDATED)]
+        if not shards:
             raise CheckpointError(
-                f"{self.path} holds neither {INDEX_FILE} nor {SINGLE_FILE}; only safetensors checkpoints are read"
+                f"{self.path} holds neither {INDEX_FILE} nor files named like {SINGLE_FILE}; only safetensors "
+                f"checkpoints are read"
             )
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
+        for name in shards:
+            numbered = _NUMBERED.fullmatch(name)
+            for number in range(1, int(numbered[3]) + 1) if numbered else ():
+                sibling = f"{numbered[1]}-{number:05}-of-{numbered[3]}.safetensors" if numbered else ""
+                if sibling not in shards:
+                    raise CheckpointError(f"{self.path / sibling} is missing, {name} counts it; {self.remedy}")
+        return shards
+
+    def _open(self, shard: str) -> Any:
+        path = self.path / shard
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file ({error}); {self.remedy}") from None
 
     def _read_header(self, shard: str, expected: set[str]) -> None:
         path = self.path / shard
         if not path.is_file():
             raise CheckpointError(
-                f"{path} is missing, {len(expected)} tensors of {INDEX_FILE} are in it; download the checkpoint again"
+                f"{path} is missing, {len(expected)} tensors of {INDEX_FILE} are in it; {self.remedy}"
             )
-        with _open(path) as file:
+        with self._open(shard) as file:
             present = set(file.keys())
             if present != expected:
                 name = min(present ^ expected)
                 where = "not in the file" if name in expected else f"not in {INDEX_FILE}"
-                raise CheckpointError(f"{path}: tensor {name} is {where}; download the checkpoint again")
+                raise CheckpointError(
+                    f"{path}: tensor {name} is {where}, so they are not of one checkpoint; {self.remedy}"
+                )
             for name in present:
                 view = file.get_slice(name)
-                shape = tuple(view.get_shape())
-                dtype = view.get_dtype()
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+                if dtype not in _BITS or (dtype == "F4" and (not shape or shape[-1] % 2)):
+                    raise CheckpointError(
+                        f"{path}: {name} is {dtype} {list(shape)}, which torch cannot hold, so it can be neither "
+                        f"copied nor served; convert the original BF16 checkpoint, or leave that tensor out"
+                    )
                 self.tensors[name] = TensorInfo(shard, dtype, shape, _num_bytes(dtype, shape))
 
 
@@ -167,11 +233,33 @@ def read_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Which shard holds each tensor; raises CheckpointError where the index does not say so, or names other folders."""
+def check_utf8(path: Path) -> None:
+    """Raises CheckpointError for a path that safetensors could not open, and no text could hold."""
+    raw = os.fsencode(path.absolute())
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8 (there is a byte {raw[error.start]:#04x} in {os.fsdecode(raw[: error.end])}), and "
+            f"safetensors opens no such path; choose another name"
+        ) from None
+
+
+def is_packed(raw_config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a packed checkpoint."""
+    quantization = raw_config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def read_weight_map(index: Path, remedy: str) -> dict[str, str]:
+    """Which shard holds each tensor; raises CheckpointError where the index does not say so, or names other folders.
+
+    Args:
+        remedy: what helps if it is damaged.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index} has no usable `weight_map`; download the checkpoint again")
+        raise CheckpointError(f"{index} has no usable `weight_map`; {remedy}")
     for shard in set(weight_map.values()):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
@@ -191,29 +279,5 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); download the checkpoint again"
-        ) from None
-
-
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    bits = {
-        "F64": 64,
-        "I64": 64,
-        "U64": 64,
-        "F32": 32,
-        "I32": 32,
-        "U32": 32,
-        "BF16": 16,
-        "F16": 16,
-        "I16": 16,
-        "U16": 16,
-    }
-    count = 1
-    for size in shape:
-        count *= size
-    return count * bits.get(dtype, 8) // 8
+    return math.prod(shape) * _BITS[dtype] // 8

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
 from .families import MoEShape
 from .job import Job, names_by_layer
-from .journal import work_directory
+from .journal import check_unfinished, work_directory
 from .manifest import MANIFEST_FILE, Manifest
 from .mates import Mates
 from .merging import MergeStatistics
@@ -40,7 +41,8 @@ from .recipe import Recipe
 from .source import SourceCheckpoint
 from .unit_runner import write_all
 from .units import LayerReport, Unit, UnitResult, mates_from_json, plan_units
-from .writer import CheckpointWriter, check_destination
+from .wording import label
+from .writer import CheckpointWriter, check_destination, check_room
 
 Report = Callable[[str], None]
 """Takes one sentence for the user."""
@@ -60,12 +62,13 @@ def convert(
     """Writes `destination`, a packed checkpoint of `source`.
 
     Args:
-        resume: go on with a conversion to `destination` that was broken off; what comes out is what it would have
-            been.
+        resume: resume an interrupted conversion to `destination`; what comes out is what it would have been.
 
     Raises:
         CheckpointError: an option, the source or the destination is at fault; nothing was written under that name.
     """
+    check_destination(destination)
+    check_unfinished(destination, resume)
     checkpoint = SourceCheckpoint(source)
     config, shape = checkpoint.config, checkpoint.shape
     check_experts(checkpoint, shape)
@@ -78,7 +81,8 @@ def convert(
     max_expert_parallel = options.max_expert_parallel or default_max_expert_parallel(shape.num_experts)
     pairs = count_pairs(shape.num_experts, options.compression, max_expert_parallel)
     all_paired = pairs == most_pairs(shape.num_experts, max_expert_parallel)
-    check_destination(destination, 0 if resume else checkpoint.plain_bytes)
+    if not resume:
+        check_room(destination, checkpoint.plain_bytes)
     token_ids, calibration, calibrator = None, None, None
     if options.calibration is None:
         report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
@@ -132,15 +136,17 @@ def convert(
             report(_describe_mates(job, list(mates.values())))
         units = plan_units(job, slots, options.shard_size)
         results: list[UnitResult] = []
-        for unit, result in write_all(job, units, journal, options.workers, report):
-            results.append(result)
-            advance(unit.layer)
+        # Closed before the directory is: whoever still writes into it ends then.
+        with closing(write_all(job, units, journal, options.workers, report)) as written:
+            for unit, result in written:
+                results.append(result)
+                advance(unit.layer)
         reports = [result.report for result in results if result.report is not None]
         if chooses:
             reports = [replace(each, mates=mates[each.slots.layer]) for each in reports]
         elif recipe.rule != "paper":
             report(_describe_mates(job, [each.mates for each in reports]))
-        return _finish(job, options, calibration, units, results, reports, writer, destination.name)
+        return _finish(job, options, calibration, units, results, reports, writer, label(destination))
 
 
 def _choose_pairs(
@@ -232,7 +238,7 @@ def _finish(
     writer.add_json(MANIFEST_FILE, manifest.model_dump())
     for file in checkpoint.other_files():
         writer.add_copy(file)
-    source = checkpoint.path.absolute().name
+    source = label(checkpoint.path.absolute())
     write_model_card(writer, ModelCard(source, name, quantization, result, reports, checkpoint.is_quantized))
     return result
 

@@ -9,6 +9,7 @@ import torch
 from .families import MoEShape
 from .layer import TOKENS_AT_ONCE
 from .recipe import Recipe
+from .wording import duration, size
 
 # The default recipe is the best one within either.
 MINUTES_PER_BILLION_WEIGHTS = 60.0
@@ -48,9 +49,8 @@ class Estimate:
         return self.minutes_per_billion <= MINUTES_PER_BILLION_WEIGHTS or self.seconds <= 60 * MINUTES_IN_ALL
 
     def __str__(self) -> str:
-        minutes = self.seconds / 60
-        long = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
-        return f"about {long} ({self.minutes_per_billion:.1f} minutes a billion weights), {self.num_bytes / 1e9:.1f} GB"
+        rate = f"{self.minutes_per_billion:.1f} minutes a billion weights"
+        return f"about {duration(self.seconds)} ({rate}), {size(self.num_bytes)} of memory"
 
 
 def measure_speed(device: torch.device) -> Speed:

@@ -100,8 +100,8 @@ def _check_tensor(checkpoint: Checkpoint, name: str, size: tuple[int, int]) -> N
     info = checkpoint.tensors.get(name)
     if info is None:
         raise CheckpointError(
-            f"{checkpoint.path}: expert tensor {name} is missing, though config.json implies it; "
-            f"download the checkpoint again"
+            f"{checkpoint.path}: expert tensor {name} is missing, though config.json implies it; one of them is of "
+            f"another checkpoint, so {checkpoint.remedy}"
         )
     if info.shape != size:
         raise CheckpointError(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from vllm_puzzle.format import QUANT_METHOD
+
 from .checkpoint import TensorInfo
 from .errors import CheckpointError
 
@@ -29,6 +31,11 @@ def block_size(raw_config: Mapping[str, Any], path: Path) -> tuple[int, int] | N
         method, size = quantization.get("quant_method"), quantization.get("weight_block_size")
     if method == "fp8" and isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
         return size[0], size[1]
+    if method == QUANT_METHOD:
+        raise CheckpointError(
+            f"{path} is packed already: `vllm-puzzle inspect` shows what it holds, `vllm-puzzle unpack` writes it back "
+            f"in BF16; give the checkpoint that it was converted from"
+        )
     raise CheckpointError(
         f"{path} is already quantized ({method}); convert the original BF16 checkpoint, or an FP8 one with a "
         f"weight_block_size"
@@ -46,7 +53,8 @@ def find_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int], path:
         info = tensors[name]
         if scale not in tensors:
             raise CheckpointError(
-                f"{path / info.shard}: {name} is {_FP8}, but its {scale} is missing; download the checkpoint again"
+                f"{path / info.shard}: {name} is {_FP8}, but its {scale} is missing; copy or download the "
+                f"checkpoint again"
             )
         expected = _scale_shape(info.shape, block)
         if len(info.shape) != 2 or tensors[scale].shape != expected:
@@ -57,7 +65,8 @@ def find_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int], path:
     idle = min((name for name in tensors if name.endswith(SCALE_SUFFIX) and name not in scales.values()), default=None)
     if idle is not None:
         raise CheckpointError(
-            f"{path / tensors[idle].shard}: {idle} has no {_FP8} tensor to scale; download the checkpoint again"
+            f"{path / tensors[idle].shard}: {idle} has no {_FP8} tensor to scale; leave it out, or copy or "
+            f"download the checkpoint again"
         )
     return scales
 

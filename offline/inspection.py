@@ -12,6 +12,7 @@ from vllm_puzzle.format import LayerSlots, Provenance, WordLayout, packed_name, 
 from .manifest import MANIFEST_FILE, LayerEntry, read_manifest
 from .merging import MergeStatistics
 from .packed import PackedCheckpoint
+from .wording import readable
 
 # Bounds the 64-bit temporaries of counting, whatever the size of a matrix.
 _WORDS_AT_ONCE = 1 << 22
@@ -78,7 +79,7 @@ def inspect_checkpoint(path: Path, progress: Callable[[int, int], None]) -> Insp
     packed_bytes = sum(info.num_bytes for name, info in tensors.items() if parse_packed_name(name))
     counter = _WordCounter(packed.layout)
     return Inspection(
-        checkpoint=str(path),
+        checkpoint=readable(path),
         format_version=quantization.format_version,
         bits=quantization.bits,
         num_experts=quantization.num_experts,

@@ -1,5 +1,6 @@
 """The HTML page of `vllm-puzzle inspect --html`: one file, nothing loaded from elsewhere."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,6 +166,8 @@ def write_page(inspection: Inspection, file: Path) -> None:
 
 
 def check_free(file: Path) -> None:
-    """Raises CheckpointError where something has that name already."""
-    if file.exists() or file.is_symlink():
+    """Raises CheckpointError where something has that name already, or there is no folder for it."""
+    if os.path.lexists(file):
         raise CheckpointError(f"--html {file} exists already; choose another name or remove it")
+    if not os.path.isdir(file.absolute().parent):
+        raise CheckpointError(f"--html {file} cannot be written: {file.absolute().parent} is no folder; make it first")

@@ -2,6 +2,7 @@
 
 from .inspection import Inspection, LayerInspection
 from .text_table import aligned
+from .wording import size
 
 # Of how dark a character looks; plain ASCII, so that every terminal can print it.
 _RAMP = " .:-=+*#"
@@ -43,7 +44,7 @@ def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
             f"{inspection.num_experts} of 3 x {inspection.intermediate_size} x {inspection.hidden_size} a layer, "
             f"mates within {inspection.max_expert_parallel} block(s)",
         ),
-        ("bytes", f"{inspection.packed_bytes:,} packed of {inspection.total_bytes:,}"),
+        ("size", f"{size(inspection.packed_bytes)} packed of {size(inspection.total_bytes)}"),
         ("rule", provenance.rule if provenance.tau is None else f"{provenance.rule}, tau {provenance.tau:g}"),
         ("aligned", "yes" if provenance.align else "no"),
         ("pairing", provenance.pairing),

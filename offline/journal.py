@@ -1,4 +1,4 @@
-"""A conversion that can be broken off at any point and gone on with: what is done, and what it was done from."""
+"""A conversion that can be interrupted at any point and resumed: what is done, and what it was done from."""
 
 import fcntl
 import hashlib
@@ -68,10 +68,13 @@ class Journal:
 
     def clear(self) -> None:
         """Leaves only what belongs to the checkpoint."""
-        self._file.close()
         for file in self.directory.iterdir():
             if file.name == _JOURNAL_FILE or file.name.startswith("states"):
                 file.unlink()
+
+    def close(self) -> None:
+        """Gives the directory free for other runs."""
+        self._file.close()
 
 
 @contextmanager
@@ -80,22 +83,25 @@ def work_directory(
 ) -> Iterator[tuple[CheckpointWriter, Journal]]:
     """A directory that becomes `destination` when the block ends well.
 
-    It is kept where the block is broken off by the machine or by the user after a step was recorded, and removed where
-    the source is at fault.
+    It is kept where the machine or the user ends the block after a step was recorded, and removed where the source is
+    at fault.
 
     Args:
         origin: what the result follows from, JSON; a run goes on only from the same.
         resume: go on with what an earlier run left.
 
     Raises:
-        CheckpointError: an earlier run left something and `resume` is not set, or it left nothing and it is, or it
-            had another origin, or its shards are no longer what it wrote; the disk is full or cannot be written.
+        CheckpointError: see `check_unfinished`; an earlier run had another origin, or its shards are no longer what it
+            wrote; the disk is full or cannot be written, or something else has the name `destination` by now.
+        KeyboardInterrupt: says what was kept.
     """
-    directory = destination.absolute().parent / f".{destination.name}.partial"
+    directory = _work_path(destination)
     journal = None
     try:
         journal = _open(directory, destination, origin, resume)
         yield CheckpointWriter(directory), journal
+        if os.path.lexists(destination):
+            raise FileExistsError("something of that name was made meanwhile; remove it")
         journal.clear()
         publish(directory, destination)
     except (OSError, SafetensorError) as error:
@@ -105,40 +111,84 @@ def work_directory(
         if journal is not None:
             shutil.rmtree(directory, ignore_errors=True)
         raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_keep_or_remove(directory, journal)) from None
     except BaseException:
         _keep_or_remove(directory, journal)
         raise
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def check_unfinished(destination: Path, resume: bool) -> None:
+    """Looks at what other runs do or left at `destination`, before anything takes time.
+
+    Raises:
+        CheckpointError: another run is writing there; or an earlier one left something and `resume` is not set, or it
+            left nothing and it is.
+    """
+    path = _work_path(destination) / _JOURNAL_FILE
+    if not path.exists():
+        _check_resume([], destination, resume)
+        return
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            _check_resume(_lock_and_read(file, destination), destination, resume)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _work_path(destination: Path) -> Path:
+    return destination.absolute().parent / f".{destination.name}.partial"
 
 
 def _open(directory: Path, destination: Path, origin: Mapping[str, Any], resume: bool) -> Journal:
-    path = directory / _JOURNAL_FILE
-    if not path.exists():
-        # Without a journal there is nothing that counts.
-        shutil.rmtree(directory, ignore_errors=True)
-        if resume:
-            raise CheckpointError(f"there is no broken-off conversion to {destination}; leave out --resume")
-        directory.mkdir()
-    elif not resume:
-        raise CheckpointError(
-            f"an earlier conversion to {destination} was broken off; go on with it by --resume, or remove {directory}"
-        )
-    # Opened before it is read: two runs must not go on with the same.
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    if resume and not (directory / _JOURNAL_FILE).exists():
+        _check_resume([], destination, resume)
+    directory.mkdir(exist_ok=True)
+    file = open(directory / _JOURNAL_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        steps = _lock_and_read(file, destination)
+        _check_resume(steps, destination, resume)
+        journal = Journal(directory, file, steps)
+        if steps:
+            _compare(steps[0]["result"], origin, directory)
+            _check_shards(directory, steps)
+        else:
+            # Without a journal nothing counts.
+            for left in directory.iterdir():
+                if left.name != _JOURNAL_FILE:
+                    left.unlink()
+            journal.record("origin", origin)
+    except BaseException:
+        file.close()
+        raise
+    return journal
+
+
+def _lock_and_read(file: TextIO, destination: Path) -> list[dict[str, Any]]:
+    # Before anything is said of what is there: whoever is told that a run was interrupted may remove what it left.
+    busy = CheckpointError(f"another conversion is writing {destination}; wait for it, or choose another name")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise CheckpointError(f"another conversion is writing {directory}; wait for it") from None
+        raise busy from None
+    if os.fstat(file.fileno()).st_nlink == 0:
+        # It finished since this file was opened.
+        raise busy
     file.seek(0)
-    steps = _read(file)
-    journal = Journal(directory, file, steps)
-    begun = journal.find("origin")
-    if begun is None:
-        journal.record("origin", origin)
-    else:
-        _compare(begun, origin, directory)
-        _check_shards(directory, steps)
-    return journal
+    return _read(file)
+
+
+def _check_resume(steps: list[dict[str, Any]], destination: Path, resume: bool) -> None:
+    if steps and not resume:
+        raise CheckpointError(
+            f"an earlier conversion to {destination} was interrupted; resume it with --resume, or remove "
+            f"{_work_path(destination)} to start over"
+        )
+    if resume and not steps:
+        raise CheckpointError(f"there is no interrupted conversion to {destination} to resume; leave out --resume")
 
 
 def _read(file: TextIO) -> list[dict[str, Any]]:
@@ -189,9 +239,9 @@ def sha256_of(path: Path) -> str:
 
 
 def _keep_or_remove(directory: Path, journal: Journal | None) -> str:
-    """Keeps what is worth to go on with; answers what a user may want to know."""
+    """Keeps what took time; returns what a user may want to know of it."""
     if journal is not None and journal.has_shards:
-        return f"{directory} keeps what is done, go on with it by --resume"
+        return f"{directory} keeps what is done, run the same command with --resume to resume it"
     if journal is not None:
         shutil.rmtree(directory, ignore_errors=True)
     return "nothing was left there"

@@ -10,6 +10,8 @@ from .errors import CheckpointError
 
 MANIFEST_FILE = "puzzlemoe_manifest.json"
 
+_AGAIN = "copy the packed checkpoint or convert its source again"
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -53,11 +55,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return Manifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; convert again") from None
+        raise CheckpointError(f"{path} is missing; {_AGAIN}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            raise CheckpointError(
-                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; convert again"
-            ) from None
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+            raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {_AGAIN}") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); {_AGAIN}") from None

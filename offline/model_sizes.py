@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +49,14 @@ def read_model_sizes(model: str) -> ModelSizes:
     Raises:
         CheckpointError: neither folder nor hub id, the hub cannot be reached, or not a model that can be packed.
     """
-    directory = Path(model) if Path(model).exists() else _fetch(model)
+    directory = Path(model) if os.path.exists(model) else _fetch(model)
     where = directory / "config.json"
     block = block_size(read_json(where), Path(model))
     config = read_config(directory)
     shape = find_moe_shape(config, str(where))
     index = directory / INDEX_FILE
     if index.is_file():
-        weight_map = read_weight_map(index)
+        weight_map = read_weight_map(index, "copy or download it again")
         if not all((directory / shard).is_file() for shard in set(weight_map.values())):
             return _from_index(model, index, set(weight_map), config, shape, block)
     checkpoint = SourceCheckpoint(directory)
@@ -78,7 +79,7 @@ def _from_index(
     if lacking:
         raise CheckpointError(
             f"{index} lacks {len(lacking)} of {len(experts)} expert tensors that config.json implies, the first is "
-            f"{lacking[0]}; download it again"
+            f"{lacking[0]}; the two are not of one checkpoint, so copy or download both again"
         )
     dtype: torch.dtype = config.dtype or torch.bfloat16
     plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize

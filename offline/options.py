@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 
-from .calibration import DEFAULT_SEQUENCES
+from .defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE
 from .errors import CheckpointError
 from .estimate import Estimate
 from .recipe import PAIRINGS, RULES, Recipe
-
-DEFAULT_SHARD_SIZE = 5 * 10**9
 
 # From the one that loses least to the one that asks for least.
 _DEFAULTS = (("compensated", True), ("compensated", False), ("saliency", True), ("saliency", False))

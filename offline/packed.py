@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers.activations import ACT2FN
+
 from vllm_puzzle.format import (
     QUANT_METHOD,
     FormatError,
@@ -11,9 +13,10 @@ from vllm_puzzle.format import (
     word_layout,
 )
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_packed
 from .errors import CheckpointError
 from .families import MoEShape, find_moe_shape
+from .layer import Activation
 
 # safetensors' spelling of the word types.
 _WORD_DTYPES = {16: "I16"}
@@ -28,17 +31,21 @@ class PackedCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.checkpoint = Checkpoint(path)
-        raw = self.checkpoint.raw_config.get("quantization_config", {})
-        where = path / "config.json"
-        if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
-            raise CheckpointError(f"{where} has no quantization_config of quant_method {QUANT_METHOD}: not packed")
+        raw_config, where = self.checkpoint.raw_config, path / "config.json"
+        if not is_packed(raw_config):
+            raise CheckpointError(
+                f"{path} is not packed: its config.json has no quantization_config of quant_method {QUANT_METHOD}; "
+                f"`vllm-puzzle convert` packs a checkpoint, `vllm-puzzle plan` says what that would save"
+            )
         try:
-            self.quantization = PuzzleMoEQuantizationConfig.parse(raw, str(where))
+            self.quantization = PuzzleMoEQuantizationConfig.parse(raw_config["quantization_config"], str(where))
             check_packed_names(self.checkpoint.tensors, self.quantization, str(path))
         except FormatError as error:
             raise CheckpointError(str(error)) from None
         self.layout = word_layout(self.quantization.bits)
-        self.shape: MoEShape = find_moe_shape(self.checkpoint.config, str(where))
+        config = self.checkpoint.config
+        self.shape: MoEShape = find_moe_shape(config, str(where))
+        self.activation: Activation = ACT2FN[config.hidden_act]
         self._slots = {
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
             for slots in self.quantization.layers
@@ -54,7 +61,7 @@ class PackedCheckpoint:
             if (info.shape, info.dtype) != (size, dtype):
                 raise CheckpointError(
                     f"{self.checkpoint.path / info.shard}: {name} is {info.dtype} {list(info.shape)}, the schema "
-                    f"implies {dtype} {list(size)}; convert again"
+                    f"implies {dtype} {list(size)}; convert the source again"
                 )
 
     def members(self, name: str) -> list[str] | None:

@@ -1,14 +1,18 @@
 """Units written side by side, by processes of one machine or of a Ray cluster."""
 
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -35,7 +39,7 @@ class _Pool(Protocol):
 
 def write_units(
     job: Job, units: list[Unit], directory: Path, enter: Enter, workers: Workers
-) -> Iterator[tuple[Unit, UnitResult]]:
+) -> Generator[tuple[Unit, UnitResult], None, None]:
     """Every unit, in their order, as soon as it is written; the same bytes whoever writes.
 
     Raises:
@@ -67,12 +71,48 @@ def write_units(
 def _pool(workers: Workers, threads: int) -> AbstractContextManager[_Pool]:
     if workers.ray is not None:
         return RayPool(workers.ray, threads)
-    return ProcessPoolExecutor(workers.jobs, get_context("spawn"), _begin, (threads,))
+    return _processes(workers.jobs, threads)
 
 
-def _begin(threads: int) -> None:
+@contextmanager
+def _processes(jobs: int, threads: int) -> Iterator[_Pool]:
+    """Processes of this machine that end at once where the block fails, and with this process however that ends."""
+    context = get_context("spawn")
+    there, here = context.Pipe(duplex=False)
+    with here, ProcessPoolExecutor(jobs, context, _begin, (threads, there)) as pool:
+        try:
+            yield _Undisturbed(pool)
+        except BaseException:
+            # The layers that are being written, which may take an hour, are not waited for.
+            here.close()
+            raise
+
+
+class _Undisturbed:
+    """Starts processes that Ctrl-C, which a terminal sends to all of them, does not reach: the first one ends them."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def submit(self, function: Callable[..., UnitResult], /, *arguments: Any) -> "Future[UnitResult]":
+        # A process inherits what is blocked, so not even its imports are disturbed.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(threads: int, there: Connection) -> None:
+    threading.Thread(target=_end_with, args=(there,), daemon=True).start()
     # By a name of ours: vLLM's CPU worker replaces torch's function by one that no other process can be sent.
     torch.set_num_threads(threads)
+
+
+def _end_with(there: Connection) -> None:
+    """Ends this process when the other end of a pipe that nobody writes to is closed, or its process has died."""
+    there.poll(None)
+    os._exit(1)
 
 
 def _first(waiting: deque[tuple[Unit, _Result]]) -> tuple[Unit, UnitResult]:

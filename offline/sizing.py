@@ -7,13 +7,14 @@ from pydantic import BaseModel, ConfigDict
 
 from vllm_puzzle.format import WORD16, default_max_expert_parallel
 
-from .calibration import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
+from .defaults import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
 from .errors import CheckpointError
 from .estimate import Estimate, Speed, Work, estimate
 from .families import MoEShape
 from .model_sizes import ModelSizes
 from .options import ConvertOptions, choose_recipe
 from .pairing import count_pairs, most_pairs, pair_budget
+from .wording import readable
 
 GIB = 1 << 30
 
@@ -122,7 +123,7 @@ def size_up(
         for card, mib in CARDS_MIB.items()
     ]
     return Sizing(
-        model=sizes.model,
+        model=readable(sizes.model),
         read_from=sizes.read_from,
         architecture=shape.family.architecture,
         num_hidden_layers=shape.num_hidden_layers,

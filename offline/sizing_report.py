@@ -2,6 +2,7 @@
 
 from .sizing import GIB, Conversion, Fit, Sizing
 from .text_table import aligned
+from .wording import size
 
 _TEMPLATE = """\
 {sizing.model}: {sizing.architecture}, {sizing.num_hidden_layers} layers, {sizing.moe_layers} of them with \
@@ -10,7 +11,7 @@ _TEMPLATE = """\
 
 {sizes}
 
-KV cache in BF16: {sizing.kv_bytes_per_token:,} bytes a token, {context_gib:.2f} GiB for a context of \
+KV cache in BF16: {kv_per_token} a token, {context_gib:.2f} GiB for a context of \
 {sizing.context:,} tokens
 
 {cards}
@@ -28,7 +29,7 @@ _READ_FROM = {"headers": "the tensors' headers", "index": "the index's total and
 def describe_sizing(sizing: Sizing) -> str:
     """The same numbers as the model holds, for a terminal; ends without a newline."""
     sizes = [
-        ["bytes", "as it is", "packed", ""],
+        ["size", "as it is", "packed", ""],
         _sizes_row("routed experts", sizing.expert_bytes_before, sizing.expert_bytes_after),
         _sizes_row("everything else", sizing.other_bytes_before, sizing.other_bytes_after),
         _sizes_row("total", sizing.total_bytes_before, sizing.total_bytes_after),
@@ -42,6 +43,7 @@ def describe_sizing(sizing: Sizing) -> str:
         sizing=sizing,
         read_from=_READ_FROM[sizing.read_from],
         sizes=aligned(sizes),
+        kv_per_token=size(sizing.kv_bytes_per_token),
         context_gib=sizing.kv_bytes_of_context / GIB,
         cards=aligned(cards),
         percent=100 * sizing.gpu_memory_utilization,
@@ -50,7 +52,7 @@ def describe_sizing(sizing: Sizing) -> str:
 
 
 def _sizes_row(name: str, before: int, after: int) -> list[str]:
-    return [name, f"{before:,}", f"{after:,}", "" if before == after else f"{after / before:.1%}"]
+    return [name, size(before), size(after), "" if before == after else f"{after / before:.1%}"]
 
 
 def _fit_cells(fit: Fit | None) -> list[str]:

@@ -110,7 +110,7 @@ class SourceCheckpoint(Checkpoint):
         if info is None:
             raise CheckpointError(
                 f"{self.path}: expert tensor {name} is missing, though its layer's experts are in three-dimensional "
-                f"tensors; download the checkpoint again"
+                f"tensors; {self.remedy}"
             )
         if info.shape != size:
             raise CheckpointError(

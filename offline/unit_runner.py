@@ -1,6 +1,7 @@
 """Every unit of a conversion, those of an earlier run included, with the calibration tokens' way between them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 from .calibration_pass import CalibrationPass
@@ -62,7 +63,7 @@ class _Calibration:
 
 def write_all(
     job: Job, units: list[Unit], journal: Journal, workers: Workers, report: Report
-) -> Iterator[tuple[Unit, UnitResult]]:
+) -> Generator[tuple[Unit, UnitResult], None, None]:
     """Every unit in its order, as soon as it is written and recorded.
 
     Raises:
@@ -80,10 +81,11 @@ def write_all(
         written = write_units(job, left, journal.directory, calibration.enter, workers)
     else:
         written = ((unit, calibration.write(unit, journal.directory)) for unit in left)
-    for number, (unit, result) in enumerate(written, start=done):
-        idle = calibration.idle(number)
-        journal.record(f"unit {number}", {**result.to_json(), "idle": idle})
-        journal.drop_states(number)
-        for sentence in idle:
-            report(sentence)
-        yield unit, result
+    with closing(written):
+        for number, (unit, result) in enumerate(written, start=done):
+            idle = calibration.idle(number)
+            journal.record(f"unit {number}", {**result.to_json(), "idle": idle})
+            journal.drop_states(number)
+            for sentence in idle:
+                report(sentence)
+            yield unit, result

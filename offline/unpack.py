@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,15 +10,23 @@ import torch
 from vllm_puzzle.format import unpack
 
 from .convert import Progress
+from .defaults import DEFAULT_SHARD_SIZE
 from .experts import fuse_experts
 from .job import names_by_layer
-from .options import DEFAULT_SHARD_SIZE
 from .packed import PackedCheckpoint
 from .shards import Planned, ShardWriter, plan_shards
-from .writer import check_destination, new_checkpoint
+from .writer import check_destination, check_room, new_checkpoint
 
 
-def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> None:
+@dataclass(frozen=True)
+class UnpackResult:
+    """Bytes of all tensors, packed and plain."""
+
+    checkpoint_bytes_before: int
+    checkpoint_bytes_after: int
+
+
+def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> UnpackResult:
     """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16.
 
     They are laid out as the family's checkpoints on the hub are.
@@ -27,12 +36,14 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
     Raises:
         CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
     """
+    check_destination(destination)
     packed = PackedCheckpoint(source)
     checkpoint = packed.checkpoint
     groups = names_by_layer(checkpoint, packed.shape)
     plans = plan_shards([list(_plan(packed, layer, names)) for layer, names in groups.items()], DEFAULT_SHARD_SIZE)
     shards = [shard for group in plans for shard in group]
-    check_destination(destination, sum(tensor.num_bytes for shard in shards for tensor in shard.tensors))
+    num_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
+    check_room(destination, num_bytes)
     with new_checkpoint(destination) as writer:
         with ShardWriter(writer.directory, shards) as file:
             for layer, names in groups.items():
@@ -44,6 +55,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
         writer.add_json("config.json", config)
         for path in checkpoint.other_files():
             writer.add_copy(path)
+    return UnpackResult(checkpoint.num_bytes, num_bytes)
 
 
 def _is_fused(packed: PackedCheckpoint, layer: int | None) -> bool:

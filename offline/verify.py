@@ -1,5 +1,6 @@
 """Holding a packed checkpoint against its source: nothing else changed, and every word is what its rule allows."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import torch
 
 from vllm_puzzle.format import find_invalid_word, nearest_magnitude, packed_name, unpack
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_packed, read_json
 from .convert import Progress
 from .errors import CheckpointError
 from .journal import sha256_of
+from .layer import Activation, ExpertWeights
 from .manifest import MANIFEST_FILE, read_manifest
 from .packed import PackedCheckpoint
 from .source import SourceCheckpoint
@@ -37,6 +39,7 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
             that no converter writes, an element that the rule could not have made from its source, or a shard with
             another checksum than the manifest's.
     """
+    _check_order(source, packed_path)
     original, packed = SourceCheckpoint(source), PackedCheckpoint(packed_path)
     untouched = packed_count = 0
     seen: set[str] = set()
@@ -67,6 +70,15 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
     return VerifyResult(untouched, packed_count)
 
 
+def _check_order(source: Path, packed: Path) -> None:
+    """That source and packed checkpoint were not given the other way round."""
+    first, second = (os.path.isdir(path) and is_packed(read_json(path / "config.json")) for path in (source, packed))
+    if first and not second:
+        raise CheckpointError(
+            f"{source} is packed and {packed} is not; the source comes first: vllm-puzzle verify {packed} {source}"
+        )
+
+
 def _check_files(packed: PackedCheckpoint) -> None:
     """That the shards are, to the byte, those the converter wrote: what no tensor shows, and what came after it."""
     path = packed.checkpoint.path
@@ -74,14 +86,16 @@ def _check_files(packed: PackedCheckpoint) -> None:
     shards = {info.shard for info in packed.checkpoint.tensors.values()}
     for entry in manifest.shards:
         if entry.file not in shards:
-            raise CheckpointError(f"{path / MANIFEST_FILE} names {entry.file}, which the index does not; convert again")
+            raise CheckpointError(
+                f"{path / MANIFEST_FILE} names {entry.file}, which the index does not; {packed.checkpoint.remedy}"
+            )
         if sha256_of(path / entry.file) != entry.sha256:
             raise CheckpointError(
-                f"{path / entry.file} has another SHA-256 than {MANIFEST_FILE} says; copy or convert it again"
+                f"{path / entry.file} has another SHA-256 than {MANIFEST_FILE} says; {packed.checkpoint.remedy}"
             )
     unnamed = sorted(shards - {entry.file for entry in manifest.shards})
     if unnamed:
-        raise CheckpointError(f"{path / MANIFEST_FILE} says nothing of {unnamed[0]}; convert again")
+        raise CheckpointError(f"{path / MANIFEST_FILE} says nothing of {unnamed[0]}; {packed.checkpoint.remedy}")
 
 
 def _check_untouched(name: str, tensor: torch.Tensor, source: torch.Tensor, path: Path) -> None:
@@ -129,20 +143,22 @@ def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, 
     for member, expert in enumerate(members):
         sources = original.read(shape.expert_names(layer, expert))
         merged = [unpack(words[name], member, packed.layout) for name in names]
-        wanted, answered = (_answer(matrices, inputs).flatten() for matrices in (list(sources.values()), merged))
+        wanted, answered = (
+            _answer(matrices, inputs, packed.activation).flatten() for matrices in (list(sources.values()), merged)
+        )
         likeness = torch.cosine_similarity(wanted, answered, dim=0).item()
         # An expert that answers nothing has no direction.
         if wanted.any() and not likeness >= _LEAST_LIKENESS:
             raise CheckpointError(
                 f"{path}: {names[0].removesuffix('.weight_packed')} and its up and down hold expert {expert} as member "
                 f"{member}, but answer random inputs with a cosine of {likeness:.2f} to that expert of the source; "
-                f"{_LEAST_LIKENESS} is the least that merging leaves, so convert again"
+                f"{_LEAST_LIKENESS} is the least that merging leaves, so convert the source again"
             )
 
 
-def _answer(matrices: list[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-    gate, up, down = (matrix.float() for matrix in matrices)
-    return (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
+def _answer(matrices: list[torch.Tensor], inputs: torch.Tensor, activation: Activation) -> torch.Tensor:
+    gate, up, down = ([matrix] for matrix in matrices)
+    return ExpertWeights(gate, up, down, activation).output(0, inputs)
 
 
 def _allowed(

@@ -12,9 +12,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .checkpoint import INDEX_FILE
+from .checkpoint import INDEX_FILE, check_utf8
 from .errors import CheckpointError
 from .shards import ShardPlan
+from .wording import size
+
+# Of bytes: what a temporary name adds to that of a folder, and to its path with the files in it.
+_ROOM_IN_NAME = len(".") + len(".12345678.partial")
+_ROOM_IN_PATH = 128
 
 
 class CheckpointWriter:
@@ -38,19 +43,38 @@ class CheckpointWriter:
         shutil.copyfile(file, self.directory / file.name)
 
 
-def check_destination(destination: Path, num_bytes: int) -> None:
-    """Raises CheckpointError where `destination` exists, cannot be made, or `num_bytes` do not fit on its disk."""
-    if destination.exists() or destination.is_symlink():
+def check_destination(destination: Path) -> None:
+    """Raises CheckpointError where a folder `destination` exists or cannot be made."""
+    if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; choose another name or remove it")
+    check_utf8(destination)
     parent = destination.absolute().parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
+        if os.path.lexists(parent):
+            raise CheckpointError(f"{parent} is no folder, so {destination} cannot be written there; choose another")
         raise CheckpointError(f"{parent} does not exist, so {destination} cannot be written there; make it first")
-    if not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{parent} is not writable, so {destination} cannot be written there")
-    free = shutil.disk_usage(parent).free
+    # While it is written the folder has a longer name, and longer paths lie in it.
+    name = os.fsencode(destination.name)
+    longest = os.pathconf(parent, "PC_NAME_MAX") - _ROOM_IN_NAME
+    if len(name) > longest:
+        raise CheckpointError(
+            f"the name of {destination} is {len(name)} bytes long and may have {longest} there; choose a shorter one"
+        )
+    whole = len(os.fsencode(parent)) + len(name)
+    if whole > os.pathconf(parent, "PC_PATH_MAX") - _ROOM_IN_PATH:
+        raise CheckpointError(
+            f"the path of {destination} is {whole} bytes long, which is too long; choose another folder"
+        )
+
+
+def check_room(destination: Path, num_bytes: int) -> None:
+    """Raises CheckpointError where `num_bytes` do not fit on the disk of `destination`."""
+    free = shutil.disk_usage(destination.absolute().parent).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{destination} needs {num_bytes / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; make room first"
+            f"{destination} needs {size(num_bytes)} and its disk has {size(free)} free; make room first"
         )
 
 

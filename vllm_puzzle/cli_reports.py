@@ -1,11 +1,31 @@
-"""The commands that read and tell and change nothing: `vllm-puzzle plan | inspect`."""
+"""The commands that read and tell and change nothing: `vllm-puzzle verify | plan | inspect`."""
 
 import argparse
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
-ProgressBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+from vllm_puzzle.cli_output import add_json, progress_bar, tell
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Checks a packed checkpoint against its source, tensor by tensor."
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint that was converted")
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
+    add_json(parser, path="packed")
+    parser.set_defaults(interrupted="not every tensor was compared, and nothing was changed")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    from vllm_puzzle.offline.verify import verify as verify_checkpoint
+
+    with progress_bar("verifying") as progress:
+        result = verify_checkpoint(arguments.source, arguments.packed, progress)
+    tell(
+        arguments,
+        asdict(result),
+        f"{arguments.packed}: {result.untouched} tensors equal to the source's bit for bit, {result.packed} packed "
+        f"tensors within their rule",
+    )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +47,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of a card's memory that vLLM may use, as of `vllm serve` (default: %(default)g)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    add_json(parser, path="model")
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    # Imported here and not above, as everywhere in the command line: torch and transformers take seconds.
     import torch
 
     from vllm_puzzle.offline.estimate import measure_speed
@@ -46,17 +65,17 @@ def plan(arguments: argparse.Namespace) -> None:
         arguments.gpu_memory_utilization,
         measure_speed(torch.device("cpu")),
     )
-    print(sizing.model_dump_json(indent=2) if arguments.json else describe_sizing(sizing))
+    tell(arguments, sizing.model_dump(mode="json"), describe_sizing(sizing))
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.description = "Shows how a packed checkpoint was made and what its words hold, layer by layer."
     parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with plots; FILE must not exist")
+    add_json(parser, path="packed")
 
 
-def inspect(arguments: argparse.Namespace, progress_bar: ProgressBar) -> None:
+def inspect(arguments: argparse.Namespace) -> None:
     from vllm_puzzle.offline.inspection import inspect_checkpoint
     from vllm_puzzle.offline.inspection_page import check_free, write_page
     from vllm_puzzle.offline.inspection_report import describe_inspection
@@ -68,4 +87,4 @@ def inspect(arguments: argparse.Namespace, progress_bar: ProgressBar) -> None:
         inspection = inspect_checkpoint(arguments.packed, progress)
     if arguments.html is not None:
         write_page(inspection, arguments.html)
-    print(inspection.model_dump_json(indent=2) if arguments.json else describe_inspection(inspection))
+    tell(arguments, inspection.model_dump(mode="json"), describe_inspection(inspection))

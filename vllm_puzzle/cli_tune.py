@@ -2,9 +2,10 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vllm_puzzle.cli_output import add_json, say, tell
 
 if TYPE_CHECKING:
     from vllm_puzzle.tuning.search import Found
@@ -48,6 +49,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=_positive, metavar="N", help="processes that compile (default: one a core, save one)"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: ${_FOLDER}, or else here")
+    add_json(parser, path="packed")
 
 
 def _positive(text: str) -> int:
@@ -102,11 +104,19 @@ def _tune(arguments: argparse.Namespace) -> None:
         raise EngineError(f"{folder} cannot be written: {error.strerror or error}; give another --output") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was reported is saved in {folder}") from None
-    print(f"{tuned.path}: the fastest tiles for {len(tuned.found)} of {len(all_tokens)} numbers of tokens")
-    if missing := [str(tokens) for tokens in all_tokens if tokens not in tuned.found]:
-        print(f"There was no time for {', '.join(missing)} tokens: give them as --tokens, or more --seconds.")
+    missing = [tokens for tokens in all_tokens if tokens not in tuned.found]
+    lines = [f"{tuned.path}: the fastest tiles for {len(tuned.found)} of {len(all_tokens)} numbers of tokens"]
+    if missing:
+        lines.append(
+            f"There was no time for {', '.join(map(str, missing))} tokens: give them as --tokens, or more --seconds."
+        )
     if not wanted or Path(wanted).resolve() != folder.resolve():
-        print(f"Serve with {_FOLDER}={folder.resolve()}, or the engine will not find it.")
+        lines.append(f"Serve with {_FOLDER}={folder.resolve()}, or the engine will not find it.")
+    found = [
+        {"tokens": tokens, "us": found.us, "us_before": found.us_before, "config": found.config.model_dump()}
+        for tokens, found in tuned.found.items()
+    ]
+    tell(arguments, {"file": str(tuned.path), "found": found, "missing": missing}, "\n".join(lines))
     wrong = [sentence for found in tuned.found.values() for sentence in found.wrong]
     if wrong:
         raise EngineError(
@@ -146,9 +156,7 @@ def _shape(arguments: argparse.Namespace) -> "tuple[MoEShape, str]":
 
 
 def _report(num_tokens: int, found: "Found") -> None:
-    print(
+    say(
         f"{num_tokens:>5} tokens: {found.us:.1f} us, default {found.us_before:.1f} us, {found.num_measured} "
-        f"configurations measured, {found.num_failed} did not run{'' if found.finished else ', out of time'}",
-        file=sys.stderr,
-        flush=True,
+        f"configurations measured, {found.num_failed} did not run{'' if found.finished else ', out of time'}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_puzzle.offline.options import DEFAULT_SHARD_SIZE
+from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
 from vllm_puzzle.offline.shards import Planned, ShardWriter, plan_shards
 from vllm_puzzle.offline.writer import CheckpointWriter
 

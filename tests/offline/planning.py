@@ -17,8 +17,9 @@ SPEED = Speed(products=1e11, elements=1e9)
 
 
 def planned(capsys: pytest.CaptureFixture[str], model: str | Path, *options: str) -> Sizing:
+    capsys.readouterr()
     assert main(["plan", str(model), "--json", *options]) == 0
-    return Sizing.model_validate_json(capsys.readouterr().out)
+    return Sizing.model_validate_json(json.dumps(json.loads(capsys.readouterr().out)["result"]))
 
 
 def total_bytes(tensors: dict[str, torch.Tensor]) -> int:

@@ -1,10 +1,11 @@
 """A user's mistake: one sentence, a non-zero exit, and source and destination as they were."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.offline.faulty import EXPERT, assert_refused, edit_config, edit_tensors, snapshot
 from vllm_puzzle.cli import main
+from vllm_puzzle.offline.shards import ShardPlan
+from vllm_puzzle.offline.writer import CheckpointWriter
 
 
 def shard(source: Path) -> None:
@@ -243,11 +246,75 @@ def test_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert_refused(["convert", str(tmp_path / "none"), str(tmp_path / "p")], tmp_path, capsys, "is not a directory")
 
 
+@pytest.mark.parametrize("command", ["convert", "unpack"])
+def test_destinations_that_cannot_be_made(
+    command: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before anything is read, let alone merged."""
+    (tmp_path / "file").write_text("mine")
+    for name, parts in (
+        (os.fsdecode(b"sorti\xe9"), ("is not UTF-8", "a byte 0xe9 in", "choose another name")),
+        (os.fsdecode(b"a\xe9/packed"), ("is not UTF-8",)),
+        ("n" * 256, ("is 256 bytes long", "237")),
+        ("\N{SNOWMAN}" * 80, ("is 240 bytes long", "237")),
+        ("file/packed", (f"{tmp_path / 'file'} is no folder",)),
+        ("file/in/packed", (f"{tmp_path / 'file' / 'in'} does not exist",)),
+        (f"{'d' * 300}/packed", ("does not exist",)),
+    ):
+        assert_refused([command, str(source), str(tmp_path / name)], tmp_path, capsys, *parts)
+
+
+def test_a_path_without_room_for_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each name in it is short enough, and so is the folder's own path, but not those of its shards."""
+    deep = tmp_path
+    while len(str(deep)) < 4096 - 300:
+        deep /= "d" * min(200, 4096 - 280 - len(str(deep)))
+    deep.mkdir(parents=True)
+    packed = deep / ("p" * (4096 - 60 - len(str(deep))))
+    assert_refused(["convert", str(source), str(packed)], tmp_path, capsys, "bytes long, which is too long")
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "inspect", "unpack", "verify"])
+def test_a_source_whose_name_is_too_long(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"convert": ["new"], "unpack": ["new"], "verify": ["s" * 300]}.get(command, [])
+    arguments = [command, str(tmp_path / ("s" * 300)), *(str(tmp_path / name) for name in more)]
+    assert_refused(arguments, tmp_path, capsys, "give the folder")
+
+
+def test_a_destination_that_is_made_meanwhile(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By somebody else, while hours go by: nothing of the work is lost."""
+    packed = tmp_path / "packed"
+    add_index = CheckpointWriter.add_index
+
+    def make_destination(writer: CheckpointWriter, shards: Sequence[ShardPlan]) -> None:
+        add_index(writer, shards)
+        packed.mkdir()
+        (packed / "mine.txt").write_text("precious")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "add_index", make_destination)
+        assert main(["convert", str(source), str(packed)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "was made meanwhile" in error
+    assert "--resume" in error
+    assert (packed / "mine.txt").read_text() == "precious"
+    packed.rename(tmp_path / "theirs")
+    assert main(["convert", str(source), str(packed), "--resume"]) == 0
+    assert main(["verify", str(source), str(packed)]) == 0
+
+
 def test_a_disk_without_room(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert_refused(["convert", str(source), str(tmp_path / "packed")], tmp_path, capsys, "needs", "0.000 GB free")
+    assert_refused(
+        ["convert", str(source), str(tmp_path / "packed")],
+        tmp_path,
+        capsys,
+        "needs 806 kB and its disk has 1.00 kB free",
+    )
 
 
 def test_a_disk_that_fills_up_on_the_way(source: Path, tmp_path: Path) -> None:
@@ -292,12 +359,13 @@ def test_the_command_line_of_a_shell(source: Path, tmp_path: Path) -> None:
 
     done = run("vllm_puzzle.convert", str(source), str(tmp_path / "packed"))
     assert done.returncode == 0
-    assert done.stdout.startswith(f"{tmp_path / 'packed'}: experts 552,960 -> 276,480 bytes")
+    assert done.stdout.startswith(f"{tmp_path / 'packed'}: experts 553 kB -> 276 kB, checkpoint 806 kB -> 529 kB, ")
     # Not a terminal: no progress bar, only what had to be announced.
     first, cost, pairing = done.stderr.splitlines()
     assert first == "no calibration text was given: experts are weighed by the magnitude of their weights alone"
     assert re.fullmatch(
-        r"rule saliency with aligned neurons on cpu: about \d+ seconds \([\d.]+ minutes a billion weights\), 0\.\d GB",
+        r"rule saliency with aligned neurons on cpu: about \d+ seconds \([\d.]+ minutes a billion weights\), "
+        r"\d+ MB of memory",
         cost,
     )
     assert pairing == "pairing random: 12 pairs, 4 to 4 a layer"

@@ -40,7 +40,7 @@ def packed(tmp_path: Path) -> Path:
 def inspected(capsys: pytest.CaptureFixture[str], packed: Path, *options: str) -> Inspection:
     capsys.readouterr()
     assert main(["inspect", str(packed), "--json", *options]) == 0
-    return Inspection.model_validate_json(capsys.readouterr().out)
+    return Inspection.model_validate_json(json.dumps(json.loads(capsys.readouterr().out)["result"]))
 
 
 def slots_of(packed: Path) -> list[LayerSlots]:
@@ -276,7 +276,7 @@ def test_a_page_is_never_overwritten(packed: Path, tmp_path: Path, capsys: pytes
     ("spoil", "parts"),
     [
         (lambda packed: (packed / MANIFEST_FILE).write_text("{"), (MANIFEST_FILE, "cannot be read as JSON")),
-        (lambda packed: (packed / MANIFEST_FILE).write_text("{}"), (MANIFEST_FILE, "convert again")),
+        (lambda packed: (packed / MANIFEST_FILE).write_text("{}"), (MANIFEST_FILE, "convert its source again")),
         (lambda packed: next(packed.glob("*00002-of*.safetensors")).unlink(), ("is missing",)),
         (lambda packed: edit_provenance(packed, seed="5"), ("provenance.seed",)),
     ],

@@ -129,10 +129,10 @@ def test_resume_is_asked_for_and_has_something_to_go_on_with(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["convert", str(source), str(tmp_path / "packed"), *BLIND]
-    refused([*arguments, "--resume"], capsys, "no broken-off conversion", "leave out --resume")
+    refused([*arguments, "--resume"], capsys, "no interrupted conversion", "leave out --resume")
     assert not (tmp_path / ".packed.partial").exists()
     work = break_off(source, tmp_path / "packed", monkeypatch, *BLIND)
-    refused(arguments, capsys, "was broken off", "--resume", str(work))
+    refused(arguments, capsys, "was interrupted", "--resume", str(work))
     assert main([*arguments, "--resume"]) == 0
     assert not work.exists()
     refused([*arguments, "--resume"], capsys, "exists already")

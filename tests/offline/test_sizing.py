@@ -22,6 +22,7 @@ from vllm_puzzle.offline.families import find_moe_shape
 from vllm_puzzle.offline.model_sizes import ModelSizes, read_model_sizes
 from vllm_puzzle.offline.sizing import CARDS_MIB, kv_bytes_per_token, size_up, splits
 from vllm_puzzle.offline.sizing_report import describe_sizing
+from vllm_puzzle.offline.wording import size
 
 
 def model_sizes(family: str, total: int, **config: Any) -> ModelSizes:
@@ -145,8 +146,8 @@ def test_text_has_the_numbers_of_json(source: Path, capsys: pytest.CaptureFixtur
         ("everything else", sizing.other_bytes_before, sizing.other_bytes_after),
         ("total", sizing.total_bytes_before, sizing.total_bytes_after),
     ):
-        assert re.search(rf"^{name} +{before:,} +{after:,}\b", text, re.MULTILINE)
-    assert f"KV cache in BF16: {sizing.kv_bytes_per_token:,} bytes a token" in text
+        assert re.search(rf"^{name} +{size(before)} +{size(after)}\b", text, re.MULTILINE)
+    assert f"KV cache in BF16: {size(sizing.kv_bytes_per_token)} a token" in text
     assert "for a context of 100 tokens" in text
     assert "in 50 % of" in text
     for each in sizing.cards:
@@ -165,7 +166,7 @@ def test_converting_is_expected_to_take_what_the_converter_says(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", str(source), str(tmp_path / "packed")]) == 0
-    said = re.search(r"about .* GB", capsys.readouterr().err)
+    said = re.search(r"about .* of memory", capsys.readouterr().err)
     assert said
     calibrated, blind = planned(capsys, source).conversions
     assert (calibrated.rule, calibrated.calibration_tokens) == ("compensated", 128 * 256)

@@ -184,3 +184,26 @@ def test_files_are_those_that_were_written(source: Path, tmp_path: Path, capsys:
         assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, str(manifest), part)
     manifest.unlink()
     assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, str(manifest), "is missing")
+
+
+@pytest.mark.parametrize(("activation", "found"), [("gelu", "cosine"), ("silu", "SHA-256")])
+def test_verify_asks_experts_as_their_config_says(
+    activation: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was changed answers much unlike its source through gelu, and still somewhat like it through silu."""
+    overrides = {"hidden_act": activation, "initializer_range": 0.1}
+    source, packed = build_tiny("mixtral", tmp_path / "source", **overrides), tmp_path / "packed"
+    spoiler = Spoiler(source, packed, ["--rule", "saliency", "--align"])
+    gate, _, up = sorted(key for key in spoiler.original if key.endswith("weight_packed"))[:3]
+
+    def negate(words: torch.Tensor) -> None:
+        # Member 0, of which bit 13 is the mask and bit 15 the sign.
+        words ^= (words & (1 << 13)) << 2
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        # gelu(-g) has less of gelu(g) than silu(-g) of silu(g); the rows of which up alone is negated outweigh it.
+        negate(tensors[up])
+        negate(tensors[gate][8:])
+
+    spoiler.spoil(change)
+    assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, found)

@@ -55,6 +55,14 @@ def test_help_waits_for_neither_torch_nor_triton() -> None:
     assert "PACKED" in run.stdout
 
 
+def test_json_has_the_shape_of_every_other_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *SIZES, "--top-k", "9", "--json"]) == 1
+    output = json.loads(capsys.readouterr().out)
+    assert output["command"] == "tune"
+    assert output["path"] is None
+    assert output["error"].startswith("a token cannot have 9 of 8 experts")
+
+
 def test_a_packed_checkpoint_says_what_to_tune_for(packed: Path) -> None:
     config = json.loads((packed / "config.json").read_text())
     shape, dtype = read_shape(packed)

@@ -1,0 +1,8 @@
+"""`python -m vllm_puzzle.plan`: see `vllm_puzzle.cli`."""
+
+import sys
+
+from vllm_puzzle.cli import main_of
+
+if __name__ == "__main__":
+    sys.exit(main_of("plan"))
