@@ -12,6 +12,7 @@ from vllm_puzzle.format import (
 )
 
 from .checkpoint import Checkpoint
+from .dense import check_dense
 from .errors import CheckpointError
 from .families import MoEShape, find_moe_shape
 
@@ -23,7 +24,8 @@ class PackedCheckpoint:
     """A checkpoint with `quant_method: puzzlemoe`.
 
     Raises:
-        CheckpointError: it is not packed, breaks the schema, or a packed tensor is missing, misshapen or unexpected.
+        CheckpointError: it is not packed, breaks the schema, a packed tensor is missing, misshapen or unexpected, or
+            another tensor that its model needs is missing or misshapen.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +40,9 @@ class PackedCheckpoint:
         except FormatError as error:
             raise CheckpointError(str(error)) from None
         self.layout = word_layout(self.quantization.bits)
-        self.shape: MoEShape = find_moe_shape(self.checkpoint.config, str(where))
+        config = self.checkpoint.config
+        self.shape: MoEShape = find_moe_shape(config, str(where))
+        check_dense(self.checkpoint.shapes, config, self.shape, path, "copy or convert the checkpoint again")
         self._slots = {
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
             for slots in self.quantization.layers
