@@ -1,46 +1,25 @@
 """What a checkpoint has beside its experts: the commands want all of it that the model needs, in its shape."""
 
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.offline.faulty import assert_refused, edit_config, edit_tensors
-from tests.tiny import FAMILIES, build_tiny, by_expert
+from tests.tiny import FAMILIES, build_tiny, first_of_each_kind, remove_tensors
 from vllm_puzzle.cli import main
 
 NORM = "model.layers.1.input_layernorm.weight"
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 
 
-def first_of_each_kind(names: Iterable[str]) -> list[str]:
-    """One tensor of each name outside the experts, whatever the layer."""
-    kinds: dict[str, str] = {}
-    for name in sorted(names):
-        if ".experts." not in name:
-            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), name)
-    return sorted(kinds.values())
-
-
-def remove(names: Iterable[str], tensors: dict[str, torch.Tensor]) -> None:
+def remove(names: set[str], tensors: dict[str, torch.Tensor]) -> None:
     for name in names:
         del tensors[name]
-
-
-def remove_from_packed(path: Path, name: str) -> None:
-    """As if it had never been there: from its shard and from the index."""
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    shard = path / index["weight_map"].pop(name)
-    tensors = load_file(shard)
-    del tensors[name]
-    save_file(tensors, shard, {"format": "pt"})
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["hub", "own"])
@@ -51,11 +30,11 @@ def test_every_kind_of_tensor_is_needed(
     """By its name on the hub, in the layout of the hub and in that of transformers' own modules."""
     hub = build_tiny(family, tmp_path / "hub")
     source = build_tiny(family, tmp_path / "source", save={"save_original_format": original})
-    kinds = first_of_each_kind(by_expert(load_file(hub / "model.safetensors")))
-    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} < set(kinds)
-    own = by_expert(load_file(source / "model.safetensors"))
-    assert len(first_of_each_kind(own)) == len(kinds)
-    edit_tensors(source, lambda tensors: remove(first_of_each_kind(own), tensors))
+    kinds = first_of_each_kind(load_file(hub / "model.safetensors"))
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} < kinds
+    stored = first_of_each_kind(load_file(source / "model.safetensors"))
+    assert len(stored) == len(kinds)
+    edit_tensors(source, lambda tensors: remove(stored, tensors))
     arguments = ["convert", str(source), str(tmp_path / "packed")]
     assert_refused(arguments, tmp_path, capsys, f"{source} lacks {len(kinds)} tensors", "download", " and ")
 
@@ -64,11 +43,11 @@ def test_every_kind_of_tensor_is_needed(
 def test_a_missing_tensor_is_named(name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed, parts = tmp_path / "packed", ("lacks 1 tensor that", name)
     assert main(["convert", str(source), str(packed), "--rule", "paper"]) == 0
-    remove_from_packed(packed, name)
+    remove_tensors(packed, {name})
     for command in (["verify", str(source), str(packed)], ["unpack", str(packed), str(tmp_path / "plain")]):
         assert_refused(command, tmp_path, capsys, str(packed), *parts, "copy or convert")
     assert_refused(["inspect", str(packed)], tmp_path, capsys, str(packed), *parts)
-    edit_tensors(source, lambda tensors: remove([name], tensors))
+    edit_tensors(source, lambda tensors: remove({name}, tensors))
     for command in (["convert", str(source), str(tmp_path / "other")], ["plan", str(source)]):
         assert_refused(command, tmp_path, capsys, str(source), *parts, "download")
 

@@ -2,23 +2,26 @@
 
 import json
 import os
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.transformers_utils.config import get_config
 
-from tests.plugin.engine import SERVED, running
+from tests.plugin.engine import running
+from tests.tiny import FAMILIES, add_mtp_layer, build_tiny, first_of_each_kind, remove_tensors
+from vllm_puzzle.cli import main
 from vllm_puzzle.config import PuzzleMoEConfig
 from vllm_puzzle.format import FormatError
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00003-of-00004.safetensors"
+
+# Their layers for multi-token prediction.
+DRAFTING = {"deepseek_v3": "model.layers.3.", "glm4_moe": "model.layers.3.", "qwen3_next": "mtp.layers.0."}
 
 
 @pytest.fixture
@@ -30,25 +33,6 @@ def ask(model: Path | str, config_of: Path) -> None:
     """What vLLM asks of a model's quantization before it builds the model."""
     hf_config = get_config(config_of, trust_remote_code=False)
     PuzzleMoEConfig.from_config(hf_config.quantization_config).maybe_update_config(str(model), hf_config=hf_config)
-
-
-def remove(path: Path, names: set[str]) -> None:
-    """As if they had never been there: from the shards and from the index."""
-    index = json.loads((path / INDEX).read_text())
-    for shard in {index["weight_map"].pop(name) for name in names}:
-        tensors = {name: tensor for name, tensor in load_file(path / shard).items() if name not in names}
-        save_file(tensors, path / shard, {"format": "pt"})
-    (path / INDEX).write_text(json.dumps(index))
-
-
-def first_of_each_kind(path: Path) -> dict[str, str]:
-    kinds: dict[str, str] = {}
-    for shard in sorted(path.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for name in sorted(file.keys()):
-                if ".experts." not in name:
-                    kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), name)
-    return kinds
 
 
 @pytest.mark.parametrize(
@@ -64,20 +48,22 @@ def first_of_each_kind(path: Path) -> dict[str, str]:
     ],
 )
 def test_it_is_not_served_without(name: str, copy: Path) -> None:
-    remove(copy, {name})
+    remove_tensors(copy, {name})
     with pytest.raises(FormatError, match=f"lacks 1 tensor .*: {name}; copy or convert"), running(copy):
         pass
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_every_kind_is_missed(family: str, checkpoints: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    packed, _ = checkpoints[family]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_is_missed(family: str, tmp_path: Path) -> None:
+    source, packed = build_tiny(family, tmp_path / "source"), tmp_path / "packed"
+    kinds = first_of_each_kind(load_file(source / "model.safetensors"))
+    if family in DRAFTING:
+        add_mtp_layer(source, DRAFTING[family])
+    assert main(["convert", str(source), str(packed), "--rule", "paper"]) == 0
     ask(packed, packed)
-    copy = copytree(packed, tmp_path / "copy")
-    kinds = first_of_each_kind(copy)
-    remove(copy, set(kinds.values()))
+    remove_tensors(packed, kinds)
     with pytest.raises(FormatError, match=rf"lacks {len(kinds)} tensors .* and {len(kinds) - 4} more; copy"):
-        ask(copy, copy)
+        ask(packed, packed)
 
 
 def test_another_shape(copy: Path) -> None:

@@ -84,7 +84,7 @@ def check_dense_tensors(
         expected: what `dense_tensors` says.
         where: what an error message calls the checkpoint; `mend` is what it advises.
     """
-    missing = [name for name in expected if name not in found]
+    missing = sorted(expected.keys() - found.keys())
     if missing:
         raise FormatError(
             f"{where} lacks {_count(missing, 'tensor')} that the model of config.json needs: {_list(missing)}; {mend}"
