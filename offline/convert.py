@@ -18,11 +18,13 @@ from vllm_puzzle.format import (
     Provenance,
     PuzzleMoEQuantizationConfig,
     default_max_expert_parallel,
+    packed_config,
     parse_packed_name,
 )
 
 from .calibration import Calibrator, read_calibration
 from .checkpoint import Checkpoint, SourceHash
+from .dense import check_dense
 from .estimate import Work, estimate, measure_speed
 from .experts import check_experts, expected_experts
 from .families import MoEShape
@@ -72,6 +74,7 @@ def convert(
     checkpoint = SourceCheckpoint(source)
     config, shape = checkpoint.config, checkpoint.shape
     check_experts(checkpoint, shape)
+    check_dense(checkpoint.shapes, config, shape, source, "download the checkpoint again")
     device = options.torch_device()
     if device.type == "cpu" and not is_compiled():
         report(
@@ -229,7 +232,7 @@ def _finish(
         relative_error=total.relative_error,
     )
     writer.add_index(shards)
-    writer.add_json("config.json", {**checkpoint.raw_config, "quantization_config": quantization.model_dump()})
+    writer.add_json("config.json", packed_config(checkpoint.raw_config, quantization))
     manifest = Manifest(
         tool_version=vllm_puzzle.__version__,
         shards=[entry for each in results for entry in each.shards],

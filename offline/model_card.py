@@ -45,6 +45,9 @@ pip install vllm-puzzle
 vllm serve {name} --quantization puzzlemoe
 ```
 
+transformers refuses it (`experts_implementation="puzzlemoe"` is not supported): it cannot decode packed experts. Do not
+ask for another implementation, which would run on random ones; `vllm-puzzle unpack` writes a plain BF16 checkpoint.
+
 If vLLM answers `Unknown quantization method: puzzlemoe`, the `vllm-puzzle` package is missing from its environment
 (or `VLLM_PLUGINS` leaves out `puzzlemoe`).
 

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from .checkpoint import INDEX_FILE, read_config, read_json, read_weight_map
+from .dense import check_dense
 from .errors import CheckpointError
 from .experts import check_experts, expected_experts, layer_names
 from .families import MoEShape, find_moe_shape
@@ -61,6 +62,7 @@ def read_model_sizes(model: str) -> ModelSizes:
             return _from_index(model, index, set(weight_map), config, shape, block)
     checkpoint = SourceCheckpoint(directory)
     check_experts(checkpoint, shape)
+    check_dense(checkpoint.shapes, config, shape, model, "download the checkpoint again")
     experts = [checkpoint.tensors[name] for name in expected_experts(shape)]
     expert_bytes, plain = sum(each.num_bytes for each in experts), sum(each.plain_bytes for each in experts)
     other_bytes, plain_other = checkpoint.num_bytes - expert_bytes, checkpoint.plain_bytes - plain
@@ -81,6 +83,7 @@ def _from_index(
             f"{index} lacks {len(lacking)} of {len(experts)} expert tensors that config.json implies, the first is "
             f"{lacking[0]}; the two are not of one checkpoint, so copy or download both again"
         )
+    check_dense({shape.hub_name(name): None for name in names}, config, shape, index, "download it again")
     dtype: torch.dtype = config.dtype or torch.bfloat16
     plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
     fp8 = {name.removesuffix(SCALE_SUFFIX) for name in names if name.endswith(SCALE_SUFFIX)} if block else set()

@@ -14,6 +14,7 @@ from vllm_puzzle.format import (
 )
 
 from .checkpoint import Checkpoint, is_packed
+from .dense import check_dense
 from .errors import CheckpointError
 from .families import MoEShape, find_moe_shape
 from .layer import Activation
@@ -26,7 +27,8 @@ class PackedCheckpoint:
     """A checkpoint with `quant_method: puzzlemoe`.
 
     Raises:
-        CheckpointError: it is not packed, breaks the schema, or a packed tensor is missing, misshapen or unexpected.
+        CheckpointError: it is not packed, breaks the schema, a packed tensor is missing, misshapen or unexpected, or
+            another tensor that its model needs is missing or misshapen.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +48,7 @@ class PackedCheckpoint:
         config = self.checkpoint.config
         self.shape: MoEShape = find_moe_shape(config, str(where))
         self.activation: Activation = ACT2FN[config.hidden_act]
+        check_dense(self.checkpoint.shapes, config, self.shape, path, "copy or convert the checkpoint again")
         self._slots = {
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
             for slots in self.quantization.layers

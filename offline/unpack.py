@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_puzzle.format import unpack
+from vllm_puzzle.format import plain_config, unpack
 
 from .convert import Progress
 from .defaults import DEFAULT_SHARD_SIZE
@@ -51,8 +51,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> Un
                     file.write(name, tensor)
                 progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
         writer.add_index(shards)
-        config = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
-        writer.add_json("config.json", config)
+        writer.add_json("config.json", plain_config(checkpoint.raw_config))
         for path in checkpoint.other_files():
             writer.add_copy(path)
     return UnpackResult(checkpoint.num_bytes, num_bytes)

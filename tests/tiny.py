@@ -1,6 +1,7 @@
 """Tiny checkpoints of every supported family, in the layout of the hub."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,24 @@ def by_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for projection, part in zip(_FUSED[suffix], whole.chunk(len(_FUSED[suffix]), dim=1), strict=True):
             split.update({f"{block}experts.{e}.{projection}.weight": part[e].contiguous() for e in range(NUM_EXPERTS)})
     return split
+
+
+def first_of_each_kind(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """One name of each kind of tensor outside the experts, whatever the layer."""
+    kinds: dict[str, str] = {}
+    for name in sorted(by_expert(tensors)):
+        if ".experts." not in name:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), name)
+    return set(kinds.values())
+
+
+def remove_tensors(path: Path, names: set[str]) -> None:
+    """From the shards of a checkpoint and from its index, as if they had never been there."""
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    for shard in {index["weight_map"].pop(name) for name in names}:
+        tensors = {name: tensor for name, tensor in load_file(path / shard).items() if name not in names}
+        save_file(tensors, path / shard, {"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

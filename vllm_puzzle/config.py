@@ -1,11 +1,8 @@
 """The quantization config: what vLLM asks about a checkpoint with `quant_method: puzzlemoe`."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from .format import (
     QUANT_METHOD,
@@ -16,13 +13,16 @@ from .format import (
     is_outside,
     layer_index,
 )
+from .format.model_tensors import check_dense_tensors, dense_tensors, is_defined
 from .host import (
     LinearBase,
     QuantizationConfig,
     QuantizeMethodBase,
     RoutedExperts,
     UnquantizedLinearMethod,
+    logger,
 )
+from .tensor_index import Shapes, read_shapes
 
 
 class PuzzleMoEConfig(QuantizationConfig):
@@ -62,19 +62,30 @@ class PuzzleMoEConfig(QuantizationConfig):
         return cls(PuzzleMoEQuantizationConfig.parse(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Checks a local checkpoint's tensor names before anything is loaded.
+        """Checks a checkpoint's tensor names before anything is loaded.
 
         vLLM's loader skips expert tensors that it cannot place without a word, so those the slots do not account for
-        have to be found here. What is missing is found again while loading, for checkpoints that come from a hub too.
+        have to be found here. It leaves every parameter of a quantized model that the checkpoint lacks as it was
+        allocated; packed ones are counted again while loading, all others here alone.
 
         Raises:
-            FormatError: a packed tensor that is missing or unexpected, by name.
+            FormatError: a tensor that is missing, misshapen or unexpected, by name, or a broken index or shard.
         """
         self._num_hidden_layers = getattr(hf_config, "num_hidden_layers", None)
-        directory = Path(model_name)
-        names = _tensor_names(directory) if directory.is_dir() else []
-        if names:
-            check_packed_names(names, self.quantization, model_name)
+        shapes = read_shapes(model_name, revision)
+        if shapes:
+            check_packed_names(shapes, self.quantization, model_name)
+            if hf_config is not None and is_defined(hf_config):
+                self._check_dense(shapes, hf_config, model_name)
+
+    def _check_dense(self, shapes: Shapes, hf_config: Any, model_name: str) -> None:
+        try:
+            expected = dense_tensors(hf_config, [each.layer for each in self.quantization.layers])
+        except FormatError as error:
+            # vLLM's own model may well take what transformers' does not.
+            logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)
+            return
+        check_dense_tensors(shapes, expected, model_name, "copy or convert the checkpoint again")
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -102,14 +113,3 @@ class PuzzleMoEConfig(QuantizationConfig):
                 f"{prefix} has routed experts, but quantization_config packs layers {packed} only; convert again"
             )
         return slots
-
-
-def _tensor_names(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    names: list[str] = []
-    for shard in sorted(directory.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            names += file.keys()
-    return names

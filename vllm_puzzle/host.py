@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 # vLLM's handlers show what is logged below its own name.
 logger = init_logger("vllm.plugins.puzzlemoe")
@@ -22,6 +23,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "current_platform",
     "get_current_vllm_config",
+    "get_hf_file_bytes",
     "logger",
     "register_quantization_config",
     "set_weight_attrs",

@@ -72,6 +72,7 @@ def test_config_provenance_tokenizer_and_card(source: Path, tmp_path: Path, cali
     assert main(["convert", str(source), str(packed), *options]) == 0
     config = json.loads((packed / "config.json").read_text())
     quantization = PuzzleMoEQuantizationConfig.parse(config.pop("quantization_config"))
+    assert config.pop("experts_implementation") == "puzzlemoe"
     assert config == json.loads((source / "config.json").read_text())
     assert quantization.intermediate_size == INTERMEDIATE_SIZE
     provenance = quantization.provenance

@@ -1,6 +1,6 @@
 """The packed-expert format: bit layout, words, slots, names and the schema of `quantization_config`.
 
-Torch and pydantic only; `docs/format.md` is its specification in prose.
+Torch and pydantic only, but for `model_tensors`; `docs/format.md` is its specification in prose.
 """
 
 from .layout import WORD16, FormatError, WordLayout, word_layout
@@ -11,6 +11,8 @@ from .schema import (
     Calibration,
     Provenance,
     PuzzleMoEQuantizationConfig,
+    packed_config,
+    plain_config,
 )
 from .slots import LayerSlots, default_max_expert_parallel
 from .words import find_invalid_word, nearest_magnitude, pack, pack_single, unpack
@@ -34,8 +36,10 @@ __all__ = [
     "nearest_magnitude",
     "pack",
     "pack_single",
+    "packed_config",
     "packed_name",
     "parse_packed_name",
+    "plain_config",
     "unpack",
     "word_layout",
 ]

@@ -11,6 +11,11 @@ from .slots import LayerSlots
 QUANT_METHOD: Literal["puzzlemoe"] = "puzzlemoe"
 FORMAT_VERSION: Literal[1] = 1
 
+# transformers refuses a config that names an implementation of experts which it does not know. Of a quant_method that
+# it does not know it only warns, and goes on with experts at random.
+_EXPERTS_KEY = "experts_implementation"
+_SECTION_KEY = "quantization_config"
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -94,3 +99,17 @@ class PuzzleMoEQuantizationConfig(_Strict):
     def layer(self, index: int) -> LayerSlots | None:
         """The slots of decoder layer `index`, None where it has no packed experts."""
         return next((layer for layer in self.layers if layer.layer == index), None)
+
+
+def packed_config(plain: Mapping[str, Any], quantization: PuzzleMoEQuantizationConfig) -> dict[str, Any]:
+    """config.json of a packed checkpoint, from that of its source."""
+    return {**plain, _EXPERTS_KEY: QUANT_METHOD, _SECTION_KEY: quantization.model_dump()}
+
+
+def plain_config(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what `packed_config` adds."""
+    return {
+        key: value
+        for key, value in packed.items()
+        if key != _SECTION_KEY and (key, value) != (_EXPERTS_KEY, QUANT_METHOD)
+    }
