@@ -1,7 +1,6 @@
 """Reading a safetensors checkpoint: its config, its headers, and tensors one at a time."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from .errors import CheckpointError
-from .manifest import MANIFEST_FILE
+from .model_config import read_config, read_json, read_raw_config
+from .other_files import find_other_files
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -58,7 +58,7 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; give the folder that holds config.json and safetensors")
-        self.raw_config: dict[str, Any] = read_json(path / "config.json")
+        self.raw_config: dict[str, Any] = read_raw_config(path)
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._read_weight_map()
         for shard in sorted(set(weight_map.values())):
@@ -97,17 +97,8 @@ class Checkpoint:
         return {name: tensors[name] for name in parts}
 
     def other_files(self) -> list[Path]:
-        """The files that travel along unchanged: tokenizer, generation config, chat template, licence."""
-        ours = {"config.json", INDEX_FILE, MANIFEST_FILE, "README.md"}
-        kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
-        return sorted(
-            file
-            for file in self.path.iterdir()
-            if file.is_file()
-            and file.name not in ours
-            and not file.name.startswith(".")
-            and (file.suffix in kinds or file.name.upper().startswith(("LICENSE", "NOTICE")))
-        )
+        """The files that travel along unchanged, by their paths below this folder: see `find_other_files`."""
+        return find_other_files(self.path)
 
     def _read_weight_map(self) -> dict[str, str]:
         index = self.path / INDEX_FILE
@@ -154,19 +145,6 @@ class SourceHash:
         return hashlib.sha256("".join(sorted(self.lines)).encode()).hexdigest()
 
 
-def read_config(path: Path) -> PretrainedConfig:
-    """config.json of a folder as transformers reads it, so with the defaults that it leaves out; runs no remote code.
-
-    Raises:
-        CheckpointError: transformers cannot read it.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
-
-
 def read_weight_map(index: Path) -> dict[str, str]:
     """Which shard holds each tensor; raises CheckpointError where the index does not say so, or names other folders."""
     weight_map = read_json(index).get("weight_map")
@@ -176,19 +154,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
     return weight_map
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__} where an object is expected")
-    return content
 
 
 def _open(path: Path) -> Any:

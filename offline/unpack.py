@@ -42,8 +42,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> No
         writer.add_index(shards)
         config = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
         writer.add_json("config.json", config)
-        for path in checkpoint.other_files():
-            writer.add_copy(path)
+        writer.add_copies(checkpoint.path, checkpoint.other_files())
 
 
 def _is_fused(packed: PackedCheckpoint, layer: int | None) -> bool:
