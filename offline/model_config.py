@@ -10,8 +10,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import CheckpointError, reason_of
 
-MOST_LAYERS = 10_000
-"""More than any model has. Configs make lists as long as this before anyone can look at them."""
+# transformers makes lists as long as these, before it checks anything.
+_COUNTS = ("num_hidden_layers", "num_labels")
+_MOST = 10_000
 
 # Up to here every integer is a float of the same value.
 _LARGEST_EXACT = 1 << 53
@@ -35,9 +36,10 @@ def read_config(path: Path) -> PretrainedConfig:
         CheckpointError: transformers cannot read it.
     """
     raw, where = read_json(path / "config.json"), path / "config.json"
-    layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise CheckpointError(f"{where} has num_hidden_layers {layers}, more than {MOST_LAYERS}; correct it")
+    for name in _COUNTS:
+        count = raw.get(name)
+        if isinstance(count, int | float) and count > _MOST:
+            raise CheckpointError(f"{where} has {name} {count}, more than any model's {_MOST}; correct it")
     known = _config_class(raw)
     try:
         # For a type of model that it does not know transformers says so itself.

@@ -39,6 +39,14 @@ class PackedCheckpoint:
             raise CheckpointError(str(error)) from None
         self.layout = word_layout(self.quantization.bits)
         self.shape: MoEShape = find_moe_shape(self.checkpoint.config, str(where))
+        shape = self.shape
+        stated = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+        packed = (self.quantization.num_experts, self.quantization.hidden_size, self.quantization.intermediate_size)
+        if stated != packed:
+            raise CheckpointError(
+                f"{where} is of {stated[0]} experts of 3 x {stated[2]} x {stated[1]} a layer, its quantization_config "
+                f"of {packed[0]} of 3 x {packed[2]} x {packed[1]}; take the config.json that the converter wrote"
+            )
         self._slots = {
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
             for slots in self.quantization.layers

@@ -1,6 +1,8 @@
 """Values of config.json that transformers refuses, or that the tools compute with: one sentence, whatever is wrong."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,15 @@ def read(path: Path) -> None:
 
 # What each family's own layers and experts are computed from, beside what all families have.
 OF_FAMILY = {
-    "mixtral": ["num_local_experts", "architectures", "model_type", "rope_parameters", "rope_scaling", "hidden_act"],
+    "mixtral": [
+        "num_local_experts",
+        "architectures",
+        "model_type",
+        "rope_parameters",
+        "rope_scaling",
+        "hidden_act",
+        "num_labels",
+    ],
     "qwen2_moe": ["decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"],
     "deepseek_v3": ["first_k_dense_replace", "moe_layer_freq", "num_nextn_predict_layers", "kv_lora_rank", "n_group"],
     "ernie4_5_moe": ["moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_k"],
@@ -37,7 +47,7 @@ OF_FAMILY = {
     "llama4_text": ["moe_layers", "interleave_moe_layer_step", "no_rope_layers"],
 }
 OF_ALL = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok"]
-OF_ALL += ["vocab_size", "max_position_embeddings", "head_dim", "dtype", "attn_implementation"]
+OF_ALL += ["vocab_size", "max_position_embeddings", "head_dim", "dtype", "attn_implementation", "num_labels"]
 
 FIELDS = [(family, name) for family, names in OF_FAMILY.items() for name in names]
 FIELDS += [("mixtral", name) for name in OF_ALL]
@@ -46,25 +56,32 @@ VALUES = [None, [{"a": 1}], "auto", 0, -1, 1.5, 10**12, {"rope_type": "unheard-o
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("sources")
-    built = {family: build_tiny(family, root / family) for family in OF_FAMILY}
-    return {family: (path, (path / "config.json").read_text()) for family, path in built.items()}
+    return {family: build_tiny(family, root / family) for family in OF_FAMILY}
+
+
+@contextmanager
+def edited(path: Path, **changes: object) -> Iterator[None]:
+    content = (path / "config.json").read_text()
+    edit_config(path, **changes)
+    try:
+        yield
+    finally:
+        (path / "config.json").write_text(content)
 
 
 @pytest.mark.parametrize(("family", "name"), FIELDS)
-def test_no_value_of_a_config_ends_in_a_traceback(family: str, name: str, sources: dict[str, tuple[Path, str]]) -> None:
-    path, content = sources[family]
+def test_no_value_of_a_config_ends_in_a_traceback(family: str, name: str, sources: dict[str, Path]) -> None:
     sentences = []
     for value in VALUES:
-        (path / "config.json").write_text(json.dumps({**json.loads(content), name: value}))
-        try:
-            read(path)
-        except CheckpointError as error:
-            sentences.append(str(error))
-    (path / "config.json").write_text(content)
-    # How attention is computed is not asked, and a length that is null is the default.
+        with edited(sources[family], **{name: value}):
+            try:
+                read(sources[family])
+            except CheckpointError as error:
+                sentences.append(str(error))
     assert all("\n" not in sentence for sentence in sentences)
+    # How attention is computed is not asked, and what is left open has a default.
     assert sentences or name in ("attn_implementation", "rope_scaling", "no_rope_layers")
 
 
@@ -90,33 +107,29 @@ def test_every_command_says_what_is_wrong(
     changes: dict[str, object],
     parts: tuple[str, ...],
     packed: dict[str, Path],
-    sources: dict[str, tuple[Path, str]],
+    sources: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source, other = sources[family][0], packed[family]
-    contents = {path: (path / "config.json").read_text() for path in (source, other)}
-    for path in contents:
-        edit_config(path, **changes)
-    for arguments in (
-        ["convert", source, tmp_path / "new"],
-        ["plan", source],
-        ["verify", source, other],
-        ["unpack", other, tmp_path / "plain"],
-        ["inspect", other],
-    ):
-        assert_one_sentence(capsys, [str(each) for each in arguments], "config.json", *parts)
-    for path, content in contents.items():
-        (path / "config.json").write_text(content)
+    source, other = sources[family], packed[family]
+    with edited(source, **changes), edited(other, **changes):
+        for arguments in (
+            ["convert", source, tmp_path / "new"],
+            ["plan", source],
+            ["verify", source, other],
+            ["unpack", other, tmp_path / "plain"],
+            ["inspect", other],
+        ):
+            assert_one_sentence(capsys, [str(each) for each in arguments], "config.json", *parts)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
-def packed(sources: dict[str, tuple[Path, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("packed")
     made = {family: root / family for family in OF_FAMILY}
     for family, path in made.items():
-        assert main(["convert", str(sources[family][0]), str(path), "--rule", "paper"]) == 0
+        assert main(["convert", str(sources[family]), str(path), "--rule", "paper"]) == 0
     return made
 
 
@@ -134,6 +147,16 @@ def test_an_integer_that_can_only_mean_a_float(source: Path, tmp_path: Path) -> 
     for name, value in (("router_aux_loss_coef", 0.0), ("rms_norm_eps", 1.0), ("initializer_range", 1.0)):
         assert isinstance(config[name], float)
         assert config[name] == value
+
+
+def test_a_config_that_is_not_of_the_packed_experts(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    assert main(["convert", str(source), str(packed), "--rule", "paper"]) == 0
+    edit_config(packed, num_local_experts=6)
+    for arguments in (["verify", source, packed], ["unpack", packed, tmp_path / "plain"], ["inspect", packed]):
+        assert_one_sentence(capsys, [str(each) for each in arguments], "6 experts", "quantization_config", "8")
 
 
 def test_nesting_beyond_reason(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
