@@ -67,8 +67,7 @@ def round_experts(source: Path, destination: Path, to: Format) -> None:
                 file.write(name, rounding(tensor) if name in experts else tensor)
         writer.add_index(shards)
         writer.add_json("config.json", checkpoint.raw_config)
-        for file in checkpoint.other_files():
-            writer.add_copy(file)
+        writer.add_copies(checkpoint.path, checkpoint.other_files())
 
 
 def main() -> int:

@@ -63,6 +63,7 @@ class CalibrationPass:
         self._note_idle(layer, routed)
         experts = StoredExperts(job.checkpoint, job.shape, layer, job.activation, job.device)
         self._source.add(routed.through(experts))
+        self._source.check_finite(layer)
         energy = self._source.energy()
         if self._merged is None:
             return LayerTokens(routed, energy)
@@ -75,10 +76,11 @@ class CalibrationPass:
         return LayerTokens(routed, energy, lacking)
 
     @torch.inference_mode()
-    def leave(self, tokens: LayerTokens, merged: ExpertWeights) -> None:
-        """Goes on from what the merged experts of the layer just entered answer."""
+    def leave(self, layer: int, tokens: LayerTokens, merged: ExpertWeights) -> None:
+        """Goes on from what the merged experts of layer `layer`, just entered, answer."""
         if self._merged is not None:
             self._merged.add(tokens.routed.through(merged))
+            self._merged.check_finite(layer)
 
     def _note_idle(self, layer: int, routed: RoutedTokens) -> None:
         idle = sorted(set(range(self._job.shape.num_experts)) - set(routed.topk_ids.unique().tolist()))

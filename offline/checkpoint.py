@@ -1,7 +1,6 @@
 """Reading a safetensors checkpoint: its config, its headers, and tensors one at a time."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -12,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from vllm_puzzle.format import QUANT_METHOD
 
 from .errors import CheckpointError
-from .manifest import MANIFEST_FILE
+from .model_config import read_config, read_json, read_raw_config
+from .other_files import find_other_files
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -83,7 +83,7 @@ class Checkpoint:
                 mend += f"; a model on the hub is fetched by `hf download {path} --local-dir FOLDER`"
             raise CheckpointError(f"{path} is not a directory; {mend}")
         check_utf8(path)
-        self.raw_config: dict[str, Any] = read_json(path / "config.json")
+        self.raw_config: dict[str, Any] = read_raw_config(path)
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._read_weight_map()
         for shard in sorted(set(weight_map.values())):
@@ -126,17 +126,8 @@ class Checkpoint:
         return {name: tensors[name] for name in parts}
 
     def other_files(self) -> list[Path]:
-        """The files that travel along unchanged: tokenizer, generation config, chat template, licence."""
-        ours = {"config.json", INDEX_FILE, MANIFEST_FILE, "README.md"}
-        kinds = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
-        return sorted(
-            file
-            for file in self.path.iterdir()
-            if file.is_file()
-            and file.name not in ours
-            and not file.name.startswith(".")
-            and (file.suffix in kinds or file.name.upper().startswith(("LICENSE", "NOTICE")))
-        )
+        """The files that travel along unchanged, by their paths below this folder: see `find_other_files`."""
+        return find_other_files(self.path)
 
     @property
     def remedy(self) -> str:
@@ -224,19 +215,6 @@ class SourceHash:
         return hashlib.sha256("".join(sorted(self.lines)).encode()).hexdigest()
 
 
-def read_config(path: Path) -> PretrainedConfig:
-    """config.json of a folder as transformers reads it, so with the defaults that it leaves out; runs no remote code.
-
-    Raises:
-        CheckpointError: transformers cannot read it.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
-
-
 def check_utf8(path: Path) -> None:
     """Raises CheckpointError for a path that safetensors could not open, and no text could hold."""
     raw = os.fsencode(path.absolute())
@@ -268,19 +246,6 @@ def read_weight_map(index: Path, remedy: str) -> dict[str, str]:
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names a shard outside its own directory: {shard!r}")
     return weight_map
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__} where an object is expected")
-    return content
 
 
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:

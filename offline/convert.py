@@ -94,6 +94,11 @@ def convert(
             options.calibration, checkpoint, config, options.calibration_sequences
         )
         calibrator = Calibrator(checkpoint, config, shape, device)
+        if calibrator.left_out:
+            report(
+                f"calibration leaves out {len(calibrator.left_out)} tensors that transformers' own model has no place "
+                f"for, the first is {calibrator.left_out[0]}; they are copied, and vLLM may refuse them"
+            )
     names = names_by_layer(checkpoint, shape)
     sizes = {layer: sum(checkpoint.tensors[name].num_bytes for name in group) for layer, group in names.items()}
     num_tokens = 0 if token_ids is None else token_ids.numel()
@@ -239,8 +244,7 @@ def _finish(
         layers=[report.to_manifest() for report in reports],
     )
     writer.add_json(MANIFEST_FILE, manifest.model_dump())
-    for file in checkpoint.other_files():
-        writer.add_copy(file)
+    writer.add_copies(checkpoint.path, checkpoint.other_files())
     source = label(checkpoint.path.absolute())
     write_model_card(writer, ModelCard(source, name, quantization, result, reports, checkpoint.is_quantized))
     return result

@@ -3,3 +3,11 @@
 
 class CheckpointError(Exception):
     """What is wrong with a checkpoint, an option or a destination, where, and what to do: one sentence."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception of another library says, for a sentence: its first line, or two where the first announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # Of these the text alone says nothing.
+    return f"{type(error).__name__} {reason}" if isinstance(error, LookupError | ArithmeticError) else reason

@@ -1,11 +1,11 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import WORD16, nearest_magnitude
+from vllm_puzzle.format import WORD16, FormatError, nearest_magnitude
 
 from .checkpoint import FLOATING_DTYPES, Checkpoint
 from .errors import CheckpointError
@@ -15,12 +15,14 @@ from .layer import Activation, ExpertWeights
 
 def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
     """The name and shape of every expert matrix that the config promises."""
-    return {
-        shape.expert_name(layer, expert, projection): shape.projection_shape(projection)
-        for layer in shape.moe_layers
-        for expert in range(shape.num_experts)
-        for projection in shape.family.projections
-    }
+    return dict(_promised(shape))
+
+
+def _promised(shape: MoEShape) -> Iterator[tuple[str, tuple[int, int]]]:
+    for layer in shape.moe_layers:
+        for expert in range(shape.num_experts):
+            for projection in shape.family.projections:
+                yield shape.expert_name(layer, expert, projection), shape.projection_shape(projection)
 
 
 def layer_names(shape: MoEShape, layer: int) -> list[list[str]]:
@@ -52,8 +54,13 @@ class StoredExperts:
         return self.shape.num_experts
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Experts`; raises CheckpointError where a tensor cannot be read."""
-        matrices = self.checkpoint.read(self.shape.expert_names(self.layer, expert)).values()
+        """See `Experts`; raises CheckpointError where a tensor cannot be read, or an element has no word."""
+        tensors = self.checkpoint.read(self.shape.expert_names(self.layer, expert))
+        matrices = tensors.values()
+        try:
+            check_storable(list(matrices), list(tensors))
+        except FormatError as error:
+            raise CheckpointError(str(error)) from None
         gate, up, down = ([matrix.to(self.device)] for matrix in matrices)
         return ExpertWeights(gate, up, down, self.activation).output(0, hidden)
 
@@ -85,9 +92,10 @@ def check_storable(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> No
 
 def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
     """Raises CheckpointError for the first expert tensor that is missing, misshapen, unexpected or of a wrong dtype."""
-    expected = expected_experts(shape)
-    for name, size in expected.items():
+    # One at a time: a number of experts that is far too large is found at the first tensor that is not there.
+    for name, size in _promised(shape):
         _check_tensor(checkpoint, name, size)
+    expected = expected_experts(shape)
     for name in sorted(checkpoint.tensors):
         if name not in expected and ".experts." in name and not shape.is_mtp(name):
             raise CheckpointError(

@@ -3,48 +3,44 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PretrainedConfig
 
+from .config_values import ConfigValues
 from .errors import CheckpointError
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def _every_layer(config: Any) -> list[int]:
-    return list(range(config.num_hidden_layers))
+def _every_layer(values: ConfigValues) -> list[int]:
+    return list(range(values.integer("num_hidden_layers")))
 
 
-def _qwen_sparse_layers(config: Any) -> list[int]:
-    return [
-        layer
-        for layer in range(config.num_hidden_layers)
-        if layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-    ]
+def _qwen_sparse_layers(values: ConfigValues) -> list[int]:
+    dense, step = values.integers("mlp_only_layers"), values.integer("decoder_sparse_step")
+    return [layer for layer in _every_layer(values) if layer not in dense and (layer + 1) % step == 0]
 
 
-def _deepseek_layers(config: Any) -> list[int]:
+def _deepseek_layers(values: ConfigValues) -> list[int]:
     # transformers leaves moe_layer_freq to who reads the config; vLLM asks for it like this.
-    every = getattr(config, "moe_layer_freq", 1)
-    return [layer for layer in range(config.first_k_dense_replace, config.num_hidden_layers) if layer % every == 0]
+    every, first = values.integer("moe_layer_freq", default=1), values.integer("first_k_dense_replace", least=0)
+    return [layer for layer in _every_layer(values) if layer >= first and layer % every == 0]
 
 
-def _ernie_layers(config: Any) -> list[int]:
-    return [
-        layer
-        for layer in range(config.moe_layer_start_index, min(config.moe_layer_end_index + 1, config.num_hidden_layers))
-        if (layer + 1) % config.moe_layer_interval == 0
-    ]
+def _ernie_layers(values: ConfigValues) -> list[int]:
+    first, last = values.integer("moe_layer_start_index", least=0), values.integer("moe_layer_end_index", least=-1)
+    every = values.integer("moe_layer_interval")
+    return [layer for layer in _every_layer(values) if first <= layer <= last and (layer + 1) % every == 0]
 
 
-def _granite_layers(config: Any) -> list[int]:
+def _granite_layers(values: ConfigValues) -> list[int]:
     # Granite 4 has models without experts under the same architecture.
-    return _every_layer(config) if config.num_local_experts > 0 else []
+    return _every_layer(values) if values.integer("num_local_experts", least=0) > 0 else []
 
 
-def _llama4_layers(config: Any) -> list[int]:
-    return list(config.moe_layers)
+def _llama4_layers(values: ConfigValues) -> list[int]:
+    chosen = values.integers("moe_layers")
+    return [layer for layer in _every_layer(values) if layer in chosen]
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Family:
     projections: tuple[str, str, str]
     num_experts: str
     intermediate_size: str
-    moe_layers: Callable[[Any], list[int]]
+    moe_layers: Callable[[ConfigValues], list[int]]
     module: str = "mlp"
     renames: tuple[tuple[str, str], ...] = ()
     fused: tuple[Fused, ...] = (Fused(),)
@@ -259,30 +255,45 @@ class MoEShape:
 
 
 def find_moe_shape(config: PretrainedConfig, where: str) -> MoEShape:
-    """The family and sizes of a config; raises CheckpointError where no registered family fits."""
-    architectures = list(config.architectures or [])
+    """The family and sizes of a config.
+
+    Raises:
+        CheckpointError: no registered family fits, or a value that any command computes with is out of its range.
+    """
+    stated = config.architectures
+    # transformers does not check what they are.
+    architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
     family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
     if family is None:
         reason = next((f" ({_REFUSED[name]})" for name in architectures if name in _REFUSED), "")
         raise CheckpointError(
-            f"{where} has architectures {architectures}, which are not supported{reason}; supported are "
-            f"{sorted(FAMILIES)}"
+            f"{where} has architectures {stated}, which are not supported{reason}; supported are {sorted(FAMILIES)}"
         )
-    layers = family.moe_layers(config)
+    values = ConfigValues(config, where)
+    layers = family.moe_layers(values)
     if not layers:
         raise CheckpointError(f"{where} describes a {family.architecture} in which no layer has experts to pack")
-    if family.weighs_inputs and config.num_experts_per_tok != 1:
+    num_experts = values.integer(family.num_experts)
+    top_k = values.integer("num_experts_per_tok", most=num_experts)
+    if family.weighs_inputs and top_k != 1:
         raise CheckpointError(
-            f"{where} has num_experts_per_tok {config.num_experts_per_tok}; {family.architecture} weighs the inputs of "
-            f"its experts, which is supported for 1"
+            f"{where} has num_experts_per_tok {top_k}; {family.architecture} weighs the inputs of its experts, which "
+            f"is supported for 1"
         )
+    hidden_size = values.integer("hidden_size")
+    values.integer("vocab_size")
+    values.integer("max_position_embeddings")
+    values.integer("num_attention_heads", most=hidden_size)
+    for name in ("num_key_value_heads", "head_dim", "kv_lora_rank", "qk_rope_head_dim"):
+        values.optional_integer(name, most=hidden_size)
+    values.activation("hidden_act")
     return MoEShape(
         family=family,
-        num_experts=getattr(config, family.num_experts),
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, family.intermediate_size),
-        num_hidden_layers=config.num_hidden_layers,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=values.integer(family.intermediate_size),
+        num_hidden_layers=values.integer("num_hidden_layers"),
         moe_layers=tuple(layers),
-        num_mtp_layers=getattr(config, family.num_mtp_layers) if family.num_mtp_layers else 0,
-        residual_multiplier=getattr(config, family.residual_multiplier) if family.residual_multiplier else 1.0,
+        num_mtp_layers=(values.optional_integer(family.num_mtp_layers, least=0) or 0) if family.num_mtp_layers else 0,
+        residual_multiplier=values.number(family.residual_multiplier) if family.residual_multiplier else 1.0,
     )

@@ -20,6 +20,7 @@ from .writer import CheckpointWriter, publish, write_error
 
 _JOURNAL_FILE = "journal.jsonl"
 _STATES_FILE = "states-{}.safetensors"
+_STATES_IN_WRITING = "states.partial"
 
 
 class Journal:
@@ -51,7 +52,7 @@ class Journal:
 
     def save_states(self, number: int, states: Mapping[str, Tensor]) -> None:
         """Keeps the hidden states after `number` steps until those after the next are kept."""
-        temporary = self.directory / "states.partial"
+        temporary = self.directory / _STATES_IN_WRITING
         save_file(dict(states), temporary)
         temporary.rename(self._states(number))
 
@@ -68,8 +69,8 @@ class Journal:
 
     def clear(self) -> None:
         """Leaves only what belongs to the checkpoint."""
-        for file in self.directory.iterdir():
-            if file.name == _JOURNAL_FILE or file.name.startswith("states"):
+        for pattern in (_JOURNAL_FILE, _STATES_FILE.format("*"), _STATES_IN_WRITING):
+            for file in self.directory.glob(pattern):
                 file.unlink()
 
     def close(self) -> None:

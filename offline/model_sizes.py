@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from .checkpoint import INDEX_FILE, read_config, read_json, read_weight_map
+from .checkpoint import INDEX_FILE, read_weight_map
 from .dense import check_dense
 from .errors import CheckpointError
 from .experts import check_experts, expected_experts, layer_names
 from .families import MoEShape, find_moe_shape
 from .fp8 import SCALE_SUFFIX, block_size, scaled_bytes
+from .model_config import read_config, read_json
 from .source import SourceCheckpoint
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

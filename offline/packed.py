@@ -47,6 +47,7 @@ class PackedCheckpoint:
         self.layout = word_layout(self.quantization.bits)
         config = self.checkpoint.config
         self.shape: MoEShape = find_moe_shape(config, str(where))
+        self._check_sizes(where)
         self.activation: Activation = ACT2FN[config.hidden_act]
         check_dense(self.checkpoint.shapes, config, self.shape, path, "copy or convert the checkpoint again")
         self._slots = {
@@ -54,6 +55,16 @@ class PackedCheckpoint:
             for slots in self.quantization.layers
         }
         self._check_tensors()
+
+    def _check_sizes(self, where: Path) -> None:
+        shape, quantization = self.shape, self.quantization
+        stated = (shape.num_experts, shape.hidden_size, shape.intermediate_size)
+        packed = (quantization.num_experts, quantization.hidden_size, quantization.intermediate_size)
+        if stated != packed:
+            raise CheckpointError(
+                f"{where} is of {stated[0]} experts of 3 x {stated[2]} x {stated[1]} a layer, its quantization_config "
+                f"of {packed[0]} of 3 x {packed[2]} x {packed[1]}; take the config.json that the converter wrote"
+            )
 
     def _check_tensors(self) -> None:
         for name, info in self.checkpoint.tensors.items():

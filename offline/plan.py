@@ -50,6 +50,7 @@ def plan(job: Job, budget: int, advance: Callable[[int], None]) -> dict[int, lis
                 raise CheckpointError(str(error)) from None
             if routed is not None and hidden is not None:
                 hidden.add(routed.through(experts))
+                hidden.check_finite(layer)
                 energy = hidden.energy()
             if job.recipe.pairing == "random":
                 drawn = draw_mates(shape.num_experts, job.max_expert_parallel, generator)

@@ -46,12 +46,12 @@ class _Calibration:
     def write(self, unit: Unit, directory: Path) -> UnitResult:
         """Writes a unit in this process, and goes on."""
         tokens = self.enter(unit)
-        if self._tokens is None or tokens is None or not self._job.recipe.compensated:
+        if self._tokens is None or unit.layer is None or tokens is None or not self._job.recipe.compensated:
             result = write_unit(self._job, unit, directory, tokens)
         else:
             merged = ExpertWeights.unread(self._job.shape.num_experts, self._job.activation)
             result = write_unit(self._job, unit, directory, tokens, merged)
-            self._tokens.leave(tokens, merged)
+            self._tokens.leave(unit.layer, tokens, merged)
         if self._tokens is not None and self._job.recipe.compensated:
             self._journal.save_states(self._units.index(unit) + 1, self._tokens.states)
         return result

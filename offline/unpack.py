@@ -52,8 +52,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> Un
                 progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
         writer.add_index(shards)
         writer.add_json("config.json", plain_config(checkpoint.raw_config))
-        for path in checkpoint.other_files():
-            writer.add_copy(path)
+        writer.add_copies(checkpoint.path, checkpoint.other_files())
     return UnpackResult(checkpoint.num_bytes, num_bytes)
 
 

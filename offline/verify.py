@@ -8,12 +8,13 @@ import torch
 
 from vllm_puzzle.format import find_invalid_word, nearest_magnitude, packed_name, unpack
 
-from .checkpoint import Checkpoint, is_packed, read_json
+from .checkpoint import Checkpoint, is_packed
 from .convert import Progress
 from .errors import CheckpointError
 from .journal import sha256_of
 from .layer import Activation, ExpertWeights
 from .manifest import MANIFEST_FILE, read_manifest
+from .model_config import read_json
 from .packed import PackedCheckpoint
 from .source import SourceCheckpoint
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,11 @@ class CheckpointWriter:
     def add_text(self, name: str, content: str) -> None:
         (self.directory / name).write_text(content, encoding="utf-8")
 
-    def add_copy(self, file: Path) -> None:
-        shutil.copyfile(file, self.directory / file.name)
+    def add_copies(self, directory: Path, names: Iterable[Path]) -> None:
+        """Files of another directory, under the paths `names` that they have below it."""
+        for name in names:
+            (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / name, self.directory / name)
 
 
 def check_destination(destination: Path) -> None:
@@ -106,8 +109,8 @@ def publish(temporary: Path, destination: Path) -> None:
     # mkdtemp makes its directory private; a checkpoint is as readable as any other file of this user.
     mask = _umask()
     temporary.chmod(0o777 & ~mask)
-    for file in temporary.iterdir():
-        file.chmod(0o666 & ~mask)
+    for path in temporary.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
     temporary.rename(destination)
 
 
