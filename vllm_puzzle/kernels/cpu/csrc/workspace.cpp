@@ -50,11 +50,12 @@ int64_t check(const PuzzleMoeCall& call) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
     const int64_t num_rows = call.num_tokens * call.top_k;
     if (num_rows > kMost || call.num_slots > kMost) return PUZZLEMOE_TOO_MANY_ROWS;
-    const bool missing = (num_rows && (!call.topk_ids || !call.topk_weights)) ||
-                         (call.num_experts && !call.slot_of_expert) ||
-                         (call.num_tokens * call.hidden_size && (!call.x || !call.output)) ||
-                         (call.num_slots * call.padded_hidden * call.padded_intermediate && (!call.w13 || !call.w2));
-    return missing ? PUZZLEMOE_MISSING_ADDRESS : 0;
+    const bool words = call.num_slots > 0 && call.padded_hidden > 0 && call.padded_intermediate > 0;
+    const bool missing = (num_rows > 0 && (!call.topk_ids || !call.topk_weights)) ||
+                         (call.num_experts > 0 && !call.slot_of_expert) ||
+                         (call.num_tokens > 0 && call.hidden_size > 0 && (!call.x || !call.output)) ||
+                         (words && (!call.w13 || !call.w2));
+    return missing ? int64_t(PUZZLEMOE_MISSING_ADDRESS) : 0;
 }
 
 int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space) {
