@@ -15,7 +15,7 @@ def refuse_expert_adapters() -> None:
     vLLM leaves out what an adapter has for modules outside of --lora-target-modules, without a word, and has no hook
     where adapters are loaded; so its method is replaced, in processes alone that serve packed experts with LoRA.
     """
-    LoRAModel.from_local_checkpoint = _load_adapter_without_experts
+    LoRAModel.from_local_checkpoint = staticmethod(_load_adapter_without_experts)
 
 
 def _load_adapter_without_experts(lora_dir: str, *args: Any, **kwargs: Any) -> LoRAModel:
