@@ -1,5 +1,7 @@
 """Copying packed tensors into a layer's parameters, and counting that each one came exactly once."""
 
+from collections.abc import Callable
+
 import torch
 
 from .format import FormatError, LayerSlots, packed_name
@@ -12,8 +14,12 @@ class PackedExpertLoader:
 
     vLLM calls it with the shard ids w1 (gate), w3 (up) and w2 (down) and the expert id of the tensor's name; it leaves
     out what it cannot place and never asks whether something was missing (vllm/model_executor/layers/fused_moe/
-    routed_experts.py, `RoutedExperts.load_weights`).
+    routed_experts.py, `RoutedExperts.load_weights`). A reload first calls it with parameters on the meta device, only
+    to count what it copies.
     """
+
+    # A reload tells its own loaders from others by this.
+    __name__ = "packed_expert_loader"
 
     def __init__(
         self,
@@ -24,10 +30,12 @@ class PackedExpertLoader:
         full_shapes: dict[str, tuple[int, int]],
         tp_rank: int,
         tp_size: int,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         """`projections` and `full_shapes` give, by shard id, the name on disk and the shape before it is split.
 
-        The parameters may have more rows and columns than this rank's part; those become zero.
+        The parameters may have more rows and columns than this rank's part; those become zero. `failed` is called
+        before an error leaves the loader.
         """
         self._layer_name = layer_name
         self._projections = projections
@@ -38,6 +46,7 @@ class PackedExpertLoader:
         self._position = {slots.members(slot)[0]: index for index, slot in enumerate(local_slots)}
         self._first_members = {slots.members(slot)[0] for slot in range(slots.num_slots)}
         self._loaded: set[tuple[int, str]] = set()
+        self._failed = failed
 
     def __call__(
         self,
@@ -53,12 +62,20 @@ class PackedExpertLoader:
         Raises:
             FormatError: a tensor that no slot is named after, came before, or has a wrong dtype or shape.
         """
+        try:
+            loaded = self._load(param, loaded_weight, shard_id, expert_id)
+        except FormatError:
+            self._failed()
+            raise
+        return loaded if return_success else None
+
+    def _load(self, param: torch.nn.Parameter, loaded_weight: torch.Tensor, shard_id: str, expert_id: int) -> bool:
         name = self._name(expert_id, shard_id)
         if expert_id not in self._first_members:
             raise FormatError(f"{name} is unexpected: no slot of this layer is named after expert {expert_id}")
         if expert_id not in self._position:
-            return False if return_success else None
-        if (expert_id, shard_id) in self._loaded:
+            return False
+        if not param.is_meta and (expert_id, shard_id) in self._loaded:
             raise FormatError(f"{name} is in the checkpoint more than once")
         full_shape = self._full_shapes[shard_id]
         if loaded_weight.dtype != param.dtype or tuple(loaded_weight.shape) != full_shape:
@@ -77,11 +94,16 @@ class PackedExpertLoader:
             # On a reload the words lie in the engine's order, and none of them need be zero where padding belongs.
             target.zero_()
         target[: part.shape[0], : part.shape[1]].copy_(part)
-        self._loaded.add((expert_id, shard_id))
-        return True if return_success else None
+        if not param.is_meta:
+            self._loaded.add((expert_id, shard_id))
+        return True
+
+    def start(self) -> None:
+        """Starts a round of loading anew, whatever the last one came to."""
+        self._loaded.clear()
 
     def finish(self) -> None:
-        """Ends a round of loading; raises FormatError where something is missing. A reload starts a new round."""
+        """Ends a round of loading; raises FormatError where something is missing."""
         missing = [
             self._name(expert, shard)
             for expert in self._position

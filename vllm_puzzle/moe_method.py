@@ -1,21 +1,18 @@
 """The MoE method: what vLLM calls to allocate, load and run the experts of one layer."""
 
+import weakref
 from typing import Any
 
 import torch
 
 from .format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
-from .host import (
-    FusedMoEMethodBase,
-    RoutedExperts,
-    current_platform,
-    get_current_vllm_config,
-    logger,
-    set_weight_attrs,
-)
-from .kernels import ACTIVATIONS, REFERENCE, TRITON, choose_engine, cpu_isa
+from .host import FusedMoEMethodBase, RoutedExperts, current_platform, get_current_vllm_config, logger
+from .kernels import TRITON, choose_engine, cpu_isa
 from .kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
 from .loader import PackedExpertLoader
+from .lora import refuse_expert_adapters
+from .refusals import refuse_to_save, refuse_unsupported
+from .reload import PackedParameter, check_same_slots, put_running_weights_back, wait_for_weights
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
@@ -30,7 +27,11 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
     def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
         self._engine = choose_engine(torch.device(current_platform.device_type), layer.moe_config.in_dtype)
-        _refuse_unsupported(layer, self._engine)
+        vllm_config = get_current_vllm_config()
+        refuse_unsupported(layer, self._engine, vllm_config)
+        refuse_to_save(layer)
+        if layer.moe_config.is_lora_enabled:
+            refuse_expert_adapters()
         if layer.global_num_experts != slots.num_experts:
             raise FormatError(
                 f"{layer.layer_name} has {layer.global_num_experts} experts, quantization_config packs "
@@ -49,7 +50,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"with a larger --max-expert-parallel"
             ) from None
         self._loader: PackedExpertLoader | None = None
-        vllm_config = get_current_vllm_config()
+        self._reloading = False
+        # Weakly, as vLLM keeps what it knows of a layer only as long as the layer lives, and parameters lead here.
+        self._layer = weakref.ref(layer)
+        self._model_config = vllm_config.model_config
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
         self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine)
@@ -87,6 +91,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             },
             tp_rank=self.moe.tp_rank,
             tp_size=self.moe.tp_size,
+            failed=self._abandon_reload,
         )
         num_slots = len(self._local_slots)
         # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
@@ -98,12 +103,13 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             rows, columns = padded(intermediate_size_per_partition), padded(hidden_size)
             w13 = empty_slots(num_slots, 2 * rows, columns)
             w2 = empty_slots(num_slots, columns, rows)
-        for name, words in {"w13_weight_packed": w13, "w2_weight_packed": w2}.items():
-            parameter = torch.nn.Parameter(words, requires_grad=False)
-            layer.register_parameter(name, parameter)
-            set_weight_attrs(parameter, {"weight_loader": self._loader})
-        table = self._slots.slot_of_expert(self._local_slots)
-        layer.register_buffer("slot_of_expert", table.to(layer.w13_weight_packed.device), persistent=False)
+        loaded = num_slots * intermediate_size_per_partition * hidden
+        for name, words, numel in (("w13_weight_packed", w13, 2 * loaded), ("w2_weight_packed", w2, loaded)):
+            layer.register_parameter(name, PackedParameter(words, self._loader, numel, self._begin_reload))
+        table = self._slots.slot_of_expert(self._local_slots).to(layer.w13_weight_packed.device)
+        # The table follows from the config, and a reload does not wait for it.
+        table.weight_loader_numel = 0  # type: ignore[attr-defined]
+        layer.register_buffer("slot_of_expert", table, persistent=False)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Puts the words into the engine's order.
@@ -112,6 +118,14 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             FormatError: a packed tensor was not loaded, unless the weights are dummies, or a word cannot be decoded to
                 the dtype of the activations.
         """
+        try:
+            self._process(layer)
+        except FormatError:
+            self._abandon_reload()
+            raise
+        self._reloading = False
+
+    def _process(self, layer: RoutedExperts) -> None:
         assert self._loader is not None
         if not self._dummy_weights:
             self._loader.finish()
@@ -121,6 +135,26 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             reserve_workspace(isa, layer.w2_weight_packed, self._max_num_tokens, self.moe.experts_per_token)
         if self._engine == TRITON:
             self._check_decodable(layer)
+
+    def _begin_reload(self) -> None:
+        """Raises FormatError where the checkpoint is packed otherwise; the engine then runs on as it did."""
+        assert self._loader is not None
+        self._loader.start()
+        if self._reloading:
+            return
+        try:
+            check_same_slots(self._model_config.model, self._model_config.revision, self._quantization)
+        except FormatError:
+            put_running_weights_back(self._model_config)
+            raise
+        self._reloading = True
+
+    def _abandon_reload(self) -> None:
+        """Leaves the model to a later reload where this one ends halfway, with words of two checkpoints in it."""
+        layer = self._layer()
+        if self._reloading and layer is not None:
+            put_running_weights_back(self._model_config)
+            wait_for_weights(layer)
 
     def _check_decodable(self, layer: RoutedExperts) -> None:
         # Imported late: Triton need not be installed for the other engines.
@@ -159,27 +193,3 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             layer.apply_router_weight_on_input,
             self._engine,
         )
-
-
-def _refuse_unsupported(layer: RoutedExperts, engine: str) -> None:
-    moe = layer.moe_config
-    activation = layer.activation.value
-    vllm_config = get_current_vllm_config()
-    eager = vllm_config.model_config is None or vllm_config.model_config.enforce_eager
-    refusals = {
-        f"activation {activation} (supported: {', '.join(ACTIVATIONS)})": activation not in ACTIVATIONS,
-        "biases in the experts": moe.has_bias,
-        "a SwiGLU limit, alpha or beta": any(
-            value is not None for value in (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
-        ),
-        "expert-parallel load balancing (--enable-eplb)": moe.moe_parallel_config.enable_eplb,
-        "round-robin expert placement (--expert-placement-strategy)": layer.expert_placement_strategy == "round_robin",
-        "LoRA (--enable-lora)": moe.is_lora_enabled,
-        "shared experts fused into the routed ones": layer.expert_map_manager.num_fused_shared_experts > 0,
-        "graph capture on a GPU with the reference engine (add --enforce-eager)": engine == REFERENCE
-        and not current_platform.is_cpu()
-        and not eager,
-    }
-    for feature, found in refusals.items():
-        if found:
-            raise NotImplementedError(f"{layer.layer_name}: puzzlemoe does not support {feature}")

@@ -1,5 +1,9 @@
 """The operator's contract, which every engine keeps."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,6 +220,46 @@ def test_what_compiled_code_would_trust_is_refused(engine: str) -> None:
         call(x=case.x.double())
     with pytest.raises(ValueError, match=r"w2 \(torch.int16, cpu, not contiguous\)"):
         call(w2=torch.cat([w2, w2])[::2])
+
+
+NOT_LOADED = r"ValueError: the packed experts cannot be computed: {}, so its weights .*load them again"
+SAID = {
+    "w13 on meta": NOT_LOADED.format(r"w13 \[5, \d+, 32\] is on the meta device"),
+    "w2 on meta": NOT_LOADED.format(r"w2 \[5, 32, \d+\] is on the meta device"),
+    "slot_of_expert on meta": NOT_LOADED.format(r"slot_of_expert \[8\] is on the meta device"),
+    "w13 freed": NOT_LOADED.format(r"w13 \[5, \d+, 32\] has lost its memory"),
+    "w2 freed": NOT_LOADED.format(r"w2 \[5, 32, \d+\] has lost its memory"),
+    "slot_of_expert freed": NOT_LOADED.format(r"slot_of_expert \[8\] has lost its memory"),
+    "w13 cut off": NOT_LOADED.format(r"w13 \[5, \d+, 32\] has lost its memory"),
+    "slot beyond the last": r"ValueError: slot_of_expert holds 18, 5 slots have codes 0 to 9",
+    "random slots": r"ValueError: slot_of_expert holds 2139062143, 5 slots have codes 0 to 9",
+    "fewer slots in w2": r"ValueError: shapes do not fit: .*w2 \[4, ",
+    "fewer slots than the table": r"ValueError: slot_of_expert holds 8, 1 slots have codes 0 to 1",
+    "expert beyond the last": r"ValueError: topk_ids holds \d+, there are 8 experts",
+}
+SAID_BY_COMPILED_CODE = {
+    "x freed": "ValueError: the memory of x was freed",
+    "topk_ids freed": "ValueError: the memory of topk_ids was freed",
+    "topk_weights freed": "ValueError: the memory of topk_weights was freed",
+    "tiling meta": r"ValueError: w13 must be contiguous int16 words on the CPU .* on meta",
+    "tiling freed": r"ValueError: w13 must be .* with 0 bytes of memory",
+    "no memory": r"RuntimeError: .*alloc",
+    "after all that": "as before",
+}
+
+
+@pytest.mark.parametrize("engine", ON_CPU)
+def test_no_state_ends_the_process(engine: str) -> None:
+    """A slot out of range or a weight without memory is an error of this call, and the next one computes again."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.bad_states", engine], capture_output=True, text=True, check=False
+    )
+    said = dict(line.split("\t") for line in run.stdout.splitlines())
+    assert run.returncode == 0, f"after {list(said)[-1:]}: {run.stderr[-2000:]}"
+    expected = SAID if engine == REFERENCE else {**SAID, **SAID_BY_COMPILED_CODE}
+    assert list(said) == list(expected)
+    for state, message in expected.items():
+        assert re.match(message, said[state]), f"{state}: {said[state]}"
 
 
 def test_a_level_computes_only_its_own_dtypes() -> None:

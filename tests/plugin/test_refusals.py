@@ -131,10 +131,24 @@ def test_a_decoder_layer_without_slots(packed: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_lora(packed: Path) -> None:
-    message = r"does not support LoRA \(--enable-lora\)"
-    with pytest.raises(NotImplementedError, match=message), running(packed, enable_lora=True):
+@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded"])
+def test_what_an_engine_saved_is_not_loaded(load_format: str, packed: Path) -> None:
+    message = f"does not support --load-format {load_format} .use auto, or runai_streamer, with the packed checkpoint"
+    with pytest.raises(NotImplementedError, match=message), running(packed, load_format=load_format):
         pass
+
+
+def test_a_running_engine_is_not_saved(packed: Path, tmp_path: Path) -> None:
+    message = r"layers\.0\..* does not support saving the weights of a running engine \(save_sharded_state\)"
+    with running(packed) as llm:
+        with pytest.raises(NotImplementedError, match=message):
+            llm.llm_engine.engine_core.save_sharded_state(path=str(tmp_path), pattern=None, max_size=None)
+        assert not list(tmp_path.iterdir())
+
+
+def set_parallel(layer: Any, **settings: Any) -> None:
+    for name, value in settings.items():
+        setattr(layer.moe_config.moe_parallel_config, name, value)
 
 
 # Features whose configurations no tiny model on one CPU can reach are set on the layer that vLLM hands to the method.
@@ -150,6 +164,22 @@ LAYER_FEATURES: dict[str, tuple[Callable[[Any], None], str]] = {
         r"load balancing \(--enable-eplb\)",
     ),
     "round robin": (lambda layer: setattr(layer, "expert_placement_strategy", "round_robin"), "round-robin"),
+    "all2all kernels": (
+        lambda layer: set_parallel(layer, dp_size=2, all2all_backend="deepep_low_latency"),
+        r"--all2all-backend deepep_low_latency with data or sequence parallelism \(use allgather_reducescatter\)",
+    ),
+    "all2all kernels without expert parallelism": (
+        lambda layer: set_parallel(layer, dp_size=2, use_ep=False, all2all_backend="passthrough"),
+        "--all2all-backend passthrough",
+    ),
+    "all2all kernels for sequences": (
+        lambda layer: set_parallel(layer, sp_size=2, use_ep=True, all2all_backend="deepep_high_throughput"),
+        "--all2all-backend deepep_high_throughput",
+    ),
+    "prefill context parallel": (
+        lambda layer: set_parallel(layer, pcp_size=2, use_ep=True),
+        "expert parallelism over prefill context parallel ranks",
+    ),
     "fused shared experts": (
         lambda layer: setattr(layer.expert_map_manager, "num_fused_shared_experts", 1),
         "shared experts fused",
@@ -177,6 +207,28 @@ def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.Mon
     change_layers(monkeypatch, change)
     message = rf"layers\.0\..*puzzlemoe does not support .*{message}"
     with pytest.raises(NotImplementedError, match=message), running(packed):
+        pass
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"dp_size": 2, "use_ep": True}, {"all2all_backend": "deepep_low_latency"}, {"pcp_size": 2}],
+    ids=["data parallel by allgather", "one rank", "context parallel without experts"],
+)
+def test_what_dispatches_without_such_kernels_is_built(
+    settings: dict[str, Any], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only as far as the first layer's method: on one rank nothing could be sent."""
+
+    class BuiltError(Exception):
+        pass
+
+    def build(self: Any, layer: Any, *arguments: Any, **options: Any) -> None:
+        raise BuiltError
+
+    monkeypatch.setattr("vllm_puzzle.moe_method.PuzzleMoEMethod.create_weights", build)
+    change_layers(monkeypatch, lambda layer: set_parallel(layer, **settings))
+    with pytest.raises(BuiltError), running(packed):
         pass
 
 

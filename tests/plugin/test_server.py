@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from urllib.request import urlopen
+from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from openai import OpenAI
@@ -27,6 +28,8 @@ def test_chat_completion_and_stream_over_http(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    # For `collective_rpc` over HTTP.
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     prompt = "three pears and"
     options = ("--quantization", "puzzlemoe", "--dtype", "float32")
     with serving(chat_model, tmp_path / "server.log", *options) as server:
@@ -56,6 +59,11 @@ def test_chat_completion_and_stream_over_http(
                 extra_body={"ignore_eos": True},
             )
         ]
+        assert post(server.base_url, "collective_rpc", {"method": "reload_weights"}) == 200
+        reloaded = client.completions.create(
+            model=str(chat_model), prompt=prompt, temperature=0, max_tokens=16, extra_body={"ignore_eos": True}
+        )
+        assert reloaded.choices[0].text == whole.choices[0].text
     # A character cut off by the last token shows as a replacement in one and not in the other.
     answer = whole.choices[0].text.rstrip("\ufffd")
     assert len(answer) > 4
@@ -68,6 +76,13 @@ def test_chat_completion_and_stream_over_http(
     with running(chat_model, dtype="float32") as llm:
         (local,) = generate(llm, [llm.get_tokenizer().encode(prompt)], 16)
         assert llm.get_tokenizer().decode(local.tokens).rstrip("\ufffd") == answer
+
+
+def post(base_url: str, path: str, body: dict[str, Any]) -> int:
+    url = f"{base_url.removesuffix('/v1')}/{path}"
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as response:
+        return int(response.status)
 
 
 def serve_and_fail(model: Path, *options: str, **environment: str) -> str:

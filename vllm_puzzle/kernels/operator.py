@@ -3,7 +3,7 @@
 import torch
 
 from .choice import REFERENCE, TRITON, cpu_isa
-from .cpu import cpu_moe, fits_cpu, padded
+from .cpu import cpu_moe, fits_cpu, has_memory, padded
 from .reference import ACTIVATIONS, reference_moe
 
 
@@ -40,12 +40,12 @@ def packed_moe(
         (num_tokens, hidden_size), the dtype of x.
 
     Raises:
-        ValueError: shapes that do not fit each other, an expert id that is out of range, or an activation, a dtype or
-            an engine that is not supported.
+        ValueError: shapes that do not fit each other, an expert id or a slot that is out of range, weights that were
+            not loaded or whose memory was freed, or an activation, a dtype or an engine that is not supported.
         EngineError: this machine cannot use the engine.
     """
     if engine == TRITON:
-        _check(x, w13, w2, topk_weights, topk_ids, activation, False)
+        _check(x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, False)
         from .triton import fits_triton, triton_moe
 
         if not fits_triton(x, w13, w2, slot_of_expert, topk_ids):
@@ -53,13 +53,13 @@ def packed_moe(
         return triton_moe(x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input)
     isa = cpu_isa(engine)
     if isa is None:
-        _check(x, w13, w2, topk_weights, topk_ids, activation, False)
+        _check(x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, False)
         return reference_moe(
             x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input
         )
     # One expression where all is well: see CALL_LAYOUT for what a line of Python costs here.
     if not (activation in ACTIVATIONS and fits_cpu(isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids)):
-        _check(x, w13, w2, topk_weights, topk_ids, activation, True)
+        _check(x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, True)
         accepted = "x in bfloat16 (cpu-portable: also float16, float32), everything on the CPU"
         raise _misfit(engine, accepted, x, w13, w2, slot_of_expert, topk_ids)
     return cpu_moe(isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids, activation, apply_router_weight_on_input)
@@ -76,6 +76,10 @@ def _fake(
     apply_router_weight_on_input: bool = False,
     engine: str = REFERENCE,
 ) -> torch.Tensor:
+    # PyTorch comes here with real activations too where a weight is on the meta device, and takes what it gets for a
+    # result.
+    if any(tensor.device != x.device for tensor in (w13, w2, slot_of_expert)):
+        _check_loaded(x, w13, w2, slot_of_expert)
     return x.new_empty(x.shape)
 
 
@@ -107,10 +111,23 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"({tensor.dtype}, {tensor.device}{layout})"
 
 
+def _check_loaded(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, slot_of_expert: torch.Tensor) -> None:
+    """Raises ValueError where a tensor that stays from call to call has no memory behind it."""
+    for name, tensor in (("w13", w13), ("w2", w2), ("slot_of_expert", slot_of_expert)):
+        on_meta = tensor.device.type == "meta" and x.device.type != "meta"
+        if on_meta or not (tensor.device.type == "meta" or has_memory(tensor)):
+            state = "is on the meta device" if on_meta else "has lost its memory"
+            raise ValueError(
+                f"the packed experts cannot be computed: {name} {list(tensor.shape)} {state}, so its weights were "
+                f"never loaded, or reloading them failed; load them again"
+            )
+
+
 def _check(
     x: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
+    slot_of_expert: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
@@ -118,6 +135,7 @@ def _check(
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported; packed_moe knows {sorted(ACTIVATIONS)}")
+    _check_loaded(x, w13, w2, slot_of_expert)
     num_slots, rows, columns = w13.shape
     expected_columns = padded(x.shape[1]) if in_tiles else x.shape[1]
     if (

@@ -25,6 +25,9 @@ def reference_moe(
     apply_router_weight_on_input: bool,
 ) -> torch.Tensor:
     """See `packed_moe`. Decodes the slots that have tokens, one member at a time, and synchronizes with the device."""
+    num_experts, num_slots = len(slot_of_expert), len(w13)
+    if topk_ids.numel() and topk_ids.max() >= num_experts:
+        raise ValueError(f"topk_ids holds {int(topk_ids.max())}, there are {num_experts} experts")
     # An id of -1 would index the last expert.
     slots = torch.where(topk_ids >= 0, slot_of_expert[topk_ids.clamp(min=0)], -1)
     activate = ACTIVATIONS[activation]
@@ -39,6 +42,11 @@ def reference_moe(
             # Rounded as vLLM's own experts do, which scale the activations in their dtype.
             rows = (rows * weight).to(x.dtype).float()
         slot, member = divmod(code, 2)
+        if slot >= num_slots:
+            raise ValueError(
+                f"slot_of_expert holds {int(slot_of_expert.max())}, {num_slots} slots have codes 0 to "
+                f"{2 * num_slots - 1}"
+            )
         gate, up = (rows @ unpack(w13[slot], member).float().T).chunk(2, dim=-1)
         # Every fused kernel stores the inner activations in the dtype of x between its two products.
         inner = (activate(gate) * up).to(x.dtype).float()

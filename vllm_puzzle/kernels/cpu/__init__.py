@@ -1,6 +1,6 @@
 """The CPU engine; importing it loads no compiled code."""
 
-from .engine import cpu_moe, empty_slots, fits_cpu, padded, reserve_workspace, tile_slots_
+from .engine import cpu_moe, empty_slots, fits_cpu, has_memory, padded, reserve_workspace, tile_slots_
 from .library import Isa, unusable, usable_isas
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "cpu_moe",
     "empty_slots",
     "fits_cpu",
+    "has_memory",
     "padded",
     "reserve_workspace",
     "tile_slots_",

@@ -29,7 +29,9 @@ class _Workspace:
 
     def grow(self, num_bytes: int) -> None:
         if num_bytes > self.num_bytes:
-            # The old one goes first: both at once would be a peak that nobody asked for.
+            # The old one goes first: both at once would be a peak that nobody asked for. Its size goes with it, since
+            # there may be no memory for the new one.
+            self.address = self.num_bytes = 0
             self._buffer = torch.empty(0, dtype=torch.uint8)
             self._buffer = torch.empty(num_bytes + _CACHE_LINE, dtype=torch.uint8)
             self.address = -(-self._buffer.data_ptr() // _CACHE_LINE) * _CACHE_LINE
@@ -69,14 +71,23 @@ def tile_slots_(w13: torch.Tensor, w2: torch.Tensor) -> None:
         w2: (num_slots, padded hidden_size, padded intermediate_size), int16.
 
     Raises:
-        ValueError: sizes that are not multiples of 32, or tensors that are not contiguous int16.
+        ValueError: sizes that are not multiples of 32, or tensors that are not contiguous int16 on the CPU, with memory
+            of their own for every word.
     """
     half = w13.shape[1] // 2
-    for name, words, rows in (("w13", w13, half), ("w2", w2, w2.shape[1])):
-        if rows % _BLOCK or words.shape[2] % _BLOCK or not words.is_contiguous() or words.dtype != torch.int16:
+    for name, words, block in (("w13", w13, 2 * _BLOCK), ("w2", w2, _BLOCK)):
+        if (
+            words.shape[1] % block
+            or words.shape[2] % _BLOCK
+            or not words.is_contiguous()
+            or words.dtype != torch.int16
+            or not words.is_cpu
+            or not has_memory(words)
+        ):
             raise ValueError(
-                f"{name} must be contiguous int16 words in sizes that are multiples of {_BLOCK}; it is {words.dtype} "
-                f"{list(words.shape)}"
+                f"{name} must be contiguous int16 words on the CPU in sizes that are multiples of {_BLOCK}; it is "
+                f"{words.dtype} {list(words.shape)} on {words.device}, with {words.untyped_storage().nbytes()} bytes "
+                f"of memory"
             )
     library = load_library()
     scratch = torch.empty(max(w13.shape[1] * w13.shape[2], w2.shape[1] * w2.shape[2]), dtype=torch.int16)
@@ -94,6 +105,12 @@ def reserve_workspace(isa: Isa, w2: torch.Tensor, max_num_tokens: int, top_k: in
         sizes = (0, max_num_tokens, padded_hidden, padded_hidden, padded_intermediate, num_slots, 0, top_k)
         CALL_LAYOUT.pack_into(_workspace.call, 0, *[0] * 8, *sizes, 0, 0, 0, 0, isa, 0)
         _workspace.grow(load_library().puzzlemoe_workspace_bytes(_workspace.call))
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a contiguous tensor's storage, which can be resized under it, still holds all of it."""
+    words = tensor.storage_offset() + tensor.numel()
+    return bool(tensor.untyped_storage().nbytes() >= words * tensor.itemsize)
 
 
 def fits_cpu(
@@ -129,6 +146,11 @@ def fits_cpu(
         and slot_of_expert.is_cpu
         and topk_ids.is_cpu
         and topk_weights.is_cpu
+        # A storage can be freed or cut off under what stays from call to call. Compiled code notices a null address,
+        # which is enough for what was made a moment ago.
+        and w13.untyped_storage().nbytes() >= num_slots * rows * columns * 2
+        and w2.untyped_storage().nbytes() >= num_slots * rows * columns
+        and slot_of_expert.untyped_storage().nbytes() >= slot_of_expert.shape[0] * 4
     )
 
 
@@ -189,5 +211,20 @@ def cpu_moe(
                 break
             _workspace.grow(result)
     if result < 0:
-        raise ValueError(f"topk_ids holds {int(topk_ids.max())}, there are {slot_of_expert.shape[0]} experts")
+        tensors = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids, "output": output}
+        raise ValueError(_refusal(result, tensors, slot_of_expert, num_slots))
     return output
+
+
+def _refusal(result: int, tensors: dict[str, torch.Tensor], slot_of_expert: torch.Tensor, num_slots: int) -> str:
+    """What a PuzzleMoeRefusal of csrc/abi.h means for these tensors."""
+    if result == -1:
+        return f"topk_ids holds {int(tensors['topk_ids'].max())}, there are {slot_of_expert.shape[0]} experts"
+    if result == -2:
+        return (
+            f"slot_of_expert holds {int(slot_of_expert.max())}, {num_slots} slots have codes 0 to {2 * num_slots - 1}"
+        )
+    if result == -3:
+        freed = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.data_ptr()]
+        return f"the memory of {' and '.join(freed)} was freed"
+    return f"topk_ids {list(tensors['topk_ids'].shape)} or {num_slots} slots are more than 32 bits can count"

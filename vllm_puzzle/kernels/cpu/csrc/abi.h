@@ -58,8 +58,16 @@ PUZZLEMOE_EXPORT int32_t puzzlemoe_isa_status(int32_t isa);
 // The bytes of workspace that a call of these sizes needs; pointers are not looked at.
 PUZZLEMOE_EXPORT int64_t puzzlemoe_workspace_bytes(const PuzzleMoeCall* call);
 
-// Computes call->output. Returns 0, or -1 where an expert id is num_experts or more (the output is then undefined), or
-// the bytes of workspace that are needed where there are fewer (nothing is then written).
+// What puzzlemoe_packed_moe returns beside 0 and a number of bytes; nothing is then written to the output.
+enum PuzzleMoeRefusal : int64_t {
+    PUZZLEMOE_UNKNOWN_EXPERT = -1,   // an id of num_experts or more
+    PUZZLEMOE_UNKNOWN_SLOT = -2,     // slot_of_expert sends a chosen expert to slot num_slots or beyond
+    PUZZLEMOE_MISSING_ADDRESS = -3,  // null where there is something to read or write
+    PUZZLEMOE_TOO_MANY_ROWS = -4,    // num_tokens * top_k or num_slots is more than 32 bits count
+};
+
+// Computes call->output. Returns 0, or a PuzzleMoeRefusal, or the bytes of workspace that are needed where there are
+// fewer (nothing is then written).
 PUZZLEMOE_EXPORT int64_t puzzlemoe_packed_moe(const PuzzleMoeCall* call);
 
 // Puts one row-major matrix of rows x columns words into tile order, in place. `scratch` holds as many words. The first

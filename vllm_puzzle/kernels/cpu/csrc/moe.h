@@ -42,9 +42,10 @@ struct Moe {
     explicit Moe(const PuzzleMoeCall& moe_call) : call(moe_call), space(lay_out(moe_call, sizeof(Act))) {}
 
     int64_t run() {
+        if (const int64_t refusal = check(call)) return refusal;
         if (space.total_bytes > call.workspace_bytes) return space.total_bytes;
         num_groups = group_by_slot(call, space);
-        if (num_groups < 0) return -1;
+        if (num_groups < 0) return num_groups;
         const Group* last = num_groups ? &space.groups[num_groups - 1] : nullptr;
         const int64_t num_rows = last ? last->begin + last->count[0] + last->count[1] : 0;
         const int64_t gate_blocks = call.padded_intermediate / kTileRows;

@@ -1,5 +1,7 @@
 #include "workspace.h"
 
+#include <limits>
+
 namespace puzzlemoe {
 namespace {
 
@@ -44,13 +46,26 @@ Workspace lay_out(const PuzzleMoeCall& call, int64_t activation_bytes) {
     return space;
 }
 
+int64_t check(const PuzzleMoeCall& call) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+    const int64_t num_rows = call.num_tokens * call.top_k;
+    if (num_rows > kMost || call.num_slots > kMost) return PUZZLEMOE_TOO_MANY_ROWS;
+    const bool words = call.num_slots > 0 && call.padded_hidden > 0 && call.padded_intermediate > 0;
+    const bool missing = (num_rows > 0 && (!call.topk_ids || !call.topk_weights)) ||
+                         (call.num_experts > 0 && !call.slot_of_expert) ||
+                         (call.num_tokens > 0 && call.hidden_size > 0 && (!call.x || !call.output)) ||
+                         (words && (!call.w13 || !call.w2));
+    return missing ? int64_t(PUZZLEMOE_MISSING_ADDRESS) : 0;
+}
+
 int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space) {
     const int64_t num_codes = 2 * call.num_slots;
     int32_t* begin = space.row_begin;
     for (int64_t code = 0; code <= num_codes; ++code) begin[code] = 0;
     for (int64_t pair = 0; pair < space.num_rows; ++pair) {
-        if (expert_id(call, pair) >= call.num_experts) return -1;
+        if (expert_id(call, pair) >= call.num_experts) return PUZZLEMOE_UNKNOWN_EXPERT;
         const int32_t code = slot_code(call, pair);
+        if (code >= num_codes) return PUZZLEMOE_UNKNOWN_SLOT;
         if (code >= 0) ++begin[code];
     }
     int64_t num_groups = 0;

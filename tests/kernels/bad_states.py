@@ -1,0 +1,96 @@
+"""`python -m tests.kernels.bad_states ENGINE`: calls the operator in states that compiled code must not be led into.
+
+A program of its own, because what it guards against ends the process. Prints a line for each state: its name and what
+the operator said.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.kernels.cases import Case
+from vllm_puzzle.kernels import cpu
+
+Arguments = dict[str, Any]
+
+
+def on_meta(name: str) -> Callable[[Arguments], None]:
+    def change(arguments: Arguments) -> None:
+        arguments[name] = arguments[name].to("meta")
+
+    return change
+
+
+def freed(name: str, left: int = 0) -> Callable[[Arguments], None]:
+    """As a sleeping or sharded model frees weights: the tensor keeps its shape, its storage has `left` bytes."""
+
+    def change(arguments: Arguments) -> None:
+        arguments[name] = arguments[name].clone()
+        arguments[name].untyped_storage().resize_(left)
+
+    return change
+
+
+def changed(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Arguments], None]:
+    def change(arguments: Arguments) -> None:
+        arguments[name] = make(arguments[name])
+
+    return change
+
+
+STATES: dict[str, Callable[[Arguments], None]] = {
+    "w13 on meta": on_meta("w13"),
+    "w2 on meta": on_meta("w2"),
+    "slot_of_expert on meta": on_meta("slot_of_expert"),
+    "w13 freed": freed("w13"),
+    "w2 freed": freed("w2"),
+    "slot_of_expert freed": freed("slot_of_expert"),
+    "w13 cut off": freed("w13", left=64),
+    "slot beyond the last": changed("slot_of_expert", lambda table: table + 10),
+    "random slots": changed("slot_of_expert", lambda table: torch.full_like(table, 0x7F7F7F7F)),
+    "fewer slots in w2": changed("w2", lambda words: words[:-1]),
+    "fewer slots than the table": lambda arguments: arguments.update(w13=arguments["w13"][:1], w2=arguments["w2"][:1]),
+    "expert beyond the last": changed("topk_ids", lambda ids: ids + 8),
+}
+
+# States of what is made for each call, which the reference engine leaves to torch.
+ACTIVATION_STATES: dict[str, Callable[[Arguments], None]] = {
+    "x freed": freed("x"),
+    "topk_ids freed": freed("topk_ids"),
+    "topk_weights freed": freed("topk_weights"),
+}
+
+
+def said(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "nothing"
+
+
+def main() -> None:
+    engine = sys.argv[1]
+    compiled = engine.startswith("cpu-")
+    for state, change in {**STATES, **(ACTIVATION_STATES if compiled else {})}.items():
+        names = ("x", "w13", "w2", "slot_of_expert", "topk_weights", "topk_ids")
+        arguments = dict(zip(names, Case().tensors(engine), strict=True))
+        change(arguments)
+        operator = torch.ops.vllm_puzzle.packed_moe
+        print(f"{state}\t{said(lambda: operator(**arguments, activation='silu', engine=engine))}", flush=True)  # noqa: B023
+    if compiled:
+        words = torch.zeros(2, 64, 32, dtype=torch.int16)
+        print(f"tiling meta\t{said(lambda: cpu.tile_slots_(words.to('meta'), words))}", flush=True)
+        words.untyped_storage().resize_(0)
+        print(f"tiling freed\t{said(lambda: cpu.tile_slots_(words, words))}", flush=True)
+        level = cpu.Isa[engine.removeprefix("cpu-").upper()]
+        w2 = Case().weights(engine)[1]
+        print(f"no memory\t{said(lambda: cpu.reserve_workspace(level, w2, 2**45, 2))}", flush=True)
+        Case().check(engine=engine)
+        print("after all that\tas before")
+
+
+if __name__ == "__main__":
+    main()

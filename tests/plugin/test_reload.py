@@ -1,0 +1,161 @@
+"""Reloading weights into a running engine: other words, other slots, and what is left after a reload that fails."""
+
+import json
+import os
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.plugin.engine import generate, running
+from tests.tiny import build_tiny
+from vllm_puzzle.cli import main
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
+
+
+def pack(source: Path, packed: Path, *options: str) -> Path:
+    assert main(["convert", str(source), str(packed), "--rule", "paper", *options]) == 0
+    return packed
+
+
+def with_other_weights(packed: Path, other: Path) -> Path:
+    """The same slots, every word of which means a weight of the other sign, and another embedding."""
+    copytree(packed, other)
+    for shard in other.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name.endswith("weight_packed"):
+                signs, masks = (tensor ^ -1) & -16384, (tensor & 12288) << 2
+                tensors[name] = (tensor & 16383) | (signs & masks)
+            elif "embed_tokens" in name:
+                tensors[name] = tensor.flip(0).contiguous()
+        save_file(tensors, shard, {"format": "pt"})
+    return other
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("reload")
+    source = build_tiny("qwen3_moe", folder / "source")
+    packed = pack(source, folder / "packed")
+    return {
+        "source": source,
+        "packed": packed,
+        "other": with_other_weights(packed, folder / "other"),
+        "other pairs": pack(source, folder / "pairs", "--seed", "7"),
+        "fewer pairs": pack(source, folder / "fewer", "--compression", "25"),
+    }
+
+
+def tokens(llm: Any) -> list[list[int]]:
+    llm.reset_prefix_cache()
+    return [greedy.tokens for greedy in generate(llm, PROMPTS, 12)]
+
+
+def reload(llm: Any, **arguments: Any) -> None:
+    llm.collective_rpc("reload_weights", kwargs=arguments)
+
+
+ENGINES = {"cpu": {"dtype": "bfloat16"}, "reference": {"dtype": "float32"}}
+# The interpreter is slow, and vLLM warms up with as many tokens as may come at once.
+SMALL = {"dtype": "float16", "max_num_batched_tokens": 16, "max_model_len": 16, "max_num_seqs": 2}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_other_weights_and_back(engine: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
+    with running(models["other"], **ENGINES[engine]) as llm:
+        of_other = tokens(llm)
+    with running(models["packed"], **ENGINES[engine]) as llm:
+        before = tokens(llm)
+        assert before != of_other
+        reload(llm)
+        assert tokens(llm) == before
+        reload(llm, weights_path=str(models["other"]))
+        assert tokens(llm) == of_other
+        reload(llm, weights_path=str(models["packed"]))
+        assert tokens(llm) == before
+
+
+def test_a_replaced_folder(models: dict[str, Path], tmp_path: Path) -> None:
+    served = copytree(models["packed"], tmp_path / "served")
+    with running(served, dtype="float32") as llm:
+        before = tokens(llm)
+        for model in ("other", "packed"):
+            rmtree(served)
+            copytree(models[model], served)
+            reload(llm)
+            assert (tokens(llm) == before) == (model == "packed")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_other_slots_are_refused_and_the_engine_runs_on(
+    engine: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
+    short = copytree(models["other"], tmp_path / "short")
+    index = json.loads((short / "model.safetensors.index.json").read_text())
+    lost = next(name for name in index["weight_map"] if name.endswith("up_proj.weight_packed"))
+    del index["weight_map"][lost]
+    (short / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused = {
+        "other pairs": "pairs cannot be reloaded into the running model, .*: slot 0 of layer 0 holds experts .* there",
+        "fewer pairs": r"fewer cannot be reloaded .*layer \d has \d pairs of 8 experts there and 4 of 8 in the running",
+        "source": "source/config.json has no quantization_config, so its experts are not packed",
+        "short": lost.split("experts.")[1],
+    }
+    with running(models["packed"], **ENGINES[engine]) as llm:
+        before = tokens(llm)
+        for model, message in refused.items():
+            with pytest.raises(Exception, match=message):
+                reload(llm, weights_path=str({**models, "short": short}[model]))
+            assert tokens(llm) == before, model
+        reload(llm, weights_path=str(models["packed"]))
+        assert tokens(llm) == before
+
+
+def tensors_of(path: Path) -> list[tuple[str, torch.Tensor]]:
+    return [item for shard in sorted(path.glob("*.safetensors")) for item in load_file(shard).items()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_reload_that_ends_halfway_computes_nothing_until_the_next(
+    engine: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a trainer sends weights: nothing says beforehand that some are missing, or none of this model's."""
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
+    whole = tensors_of(models["other"])
+    lost = [name for name, _ in whole if ".layers.1." in name and name.endswith("weight_packed")][-1]
+    first, mate = json.loads((models["other"] / "config.json").read_text())["quantization_config"]["layers"][1][
+        "experts"
+    ][:2]
+    strange = [(name.replace(f".1.mlp.experts.{first}.", f".1.mlp.experts.{mate}."), tensor) for name, tensor in whole]
+    missing = [(name, tensor) for name, tensor in whole if name != lost]
+    wrong = [(name, tensor[1:] if name == lost else tensor) for name, tensor in whole]
+    with running(models["other"], **ENGINES[engine]) as llm:
+        of_other = tokens(llm)
+    with running(models["packed"], **ENGINES[engine]) as llm:
+        for weights, message in ((missing, lost), (strange, "is unexpected"), (wrong, "this model needs")):
+            with pytest.raises(Exception, match=message):
+                reload(llm, weights_iterator=iter(weights))
+            with pytest.raises(Exception, match=r"reloading them failed; load them again"):
+                llm.collective_rpc("execute_dummy_batch")
+            reload(llm, weights_iterator=iter(whole))
+            assert tokens(llm) == of_other
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels are served in tests/gpu")
+def test_in_tritons_interpreter(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "triton")
+    with running(models["packed"], **SMALL) as llm:
+        before = generate(llm, [[3, 1, 4]], 2)
+        with pytest.raises(Exception, match="cannot be reloaded"):
+            reload(llm, weights_path=str(models["other pairs"]))
+        reload(llm, weights_path=str(models["other"]))
+        reload(llm, weights_path=str(models["packed"]))
+        llm.reset_prefix_cache()
+        assert [each.tokens for each in generate(llm, [[3, 1, 4]], 2)] == [each.tokens for each in before]
