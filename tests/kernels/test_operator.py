@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case
+from tests.kernels.cases import Case, check_what_is_not_finite
 from vllm_puzzle.kernels import REFERENCE, TRITON, packed_moe
 from vllm_puzzle.kernels.cpu import usable_isas
 from vllm_puzzle.kernels.triton import INTERPRETED
@@ -91,6 +91,18 @@ def test_experts_of_other_ranks_are_skipped(engine: str) -> None:
     case.slot_of_expert = case.slots.slot_of_expert(local)
     case.w13, case.w2 = case.w13[local], case.w2[local]
     case.check(engine=engine)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), DTYPES)
+@pytest.mark.parametrize("on_input", [False, True])
+def test_what_is_not_finite(engine: str, dtype: torch.dtype, on_input: bool) -> None:
+    """NaN and infinities do not come through where a choice is skipped, nor into the rows of other tokens."""
+    # What a call leaves in memory, here NaN, is not what the next one reads.
+    dirty = Case(num_tokens=20, num_experts=4, pairs=2, hidden_size=40, dtype=dtype)
+    dirty.x[:] = torch.nan
+    dirty.run("silu", on_input, engine)
+    case = Case(num_tokens=13, num_experts=4, pairs=2, hidden_size=40, dtype=dtype)
+    check_what_is_not_finite(case, lambda: case.run("silu", on_input, engine))
 
 
 @pytest.mark.parametrize("engine", HERE)

@@ -1,6 +1,7 @@
 """The Triton engine: every way of cutting the products, sorting, offsets beyond 32 bits, which device it takes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import INTERPRETED_TOLERANCE, TOLERANCE, TRITON_DEVICE, Case
+from tests.kernels.cases import INTERPRETED_TOLERANCE, TOLERANCE, TRITON_DEVICE, Case, check_what_is_not_finite
 from vllm_puzzle.format import pack
 from vllm_puzzle.kernels import REFERENCE, TRITON, EngineError, choose_engine
 from vllm_puzzle.kernels.triton import INTERPRETED, find_undecodable_slot, triton_moe
@@ -87,6 +88,24 @@ def test_adversarial_routing(cut: Cut) -> None:
     ):
         case.topk_ids = ids.int().contiguous()
         check(case, cut)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, and the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("cut", "on_input"), [(CUTS[0], False), (CUTS[1], True), (CUTS[3], False)])
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_what_is_not_finite(cut: Cut, on_input: bool) -> None:
+    """In rows and columns of tiles that reach beyond the matrices, in parts of sums, in tokens beside others."""
+    assert torch.empty(2, device=TRITON_DEVICE).isnan().all()
+    case = Case(num_tokens=13, num_experts=4, pairs=1, hidden_size=40, intermediate_size=24)
+    config = make_config(*cut)
+    check_what_is_not_finite(case, lambda: triton_moe(*case.tensors(TRITON), "silu", on_input, config).cpu())
 
 
 @settings(max_examples=10)
