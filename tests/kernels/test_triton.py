@@ -78,6 +78,14 @@ def test_what_is_not_finite(cut: Cut, on_input: bool) -> None:
     check_what_is_not_finite(case, lambda: triton_moe(*case.tensors(TRITON), "silu", on_input, config).cpu())
 
 
+def test_a_table_with_gaps_is_refused() -> None:
+    """The kernels take it for contiguous, and would read other experts' slots."""
+    case = Case()
+    case.slot_of_expert = case.slot_of_expert.repeat_interleave(2)[::2]
+    with pytest.raises(ValueError, match=r"slot_of_expert \(torch.int32, [\w:]+, not contiguous\)"):
+        case.run(engine=TRITON)
+
+
 def test_slots_beyond_32_bit_offsets() -> None:
     """Untouched memory costs nothing, so that a layer of 2**32 words can be had."""
     case = Case(num_tokens=3, num_experts=2, pairs=1, top_k=2, hidden_size=512, intermediate_size=512)
