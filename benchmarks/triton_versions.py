@@ -20,6 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0")
+HEADER = """\
+| Triton | main loops | over budget | other kernels | spilling | most registers | most bytes spilled |
+|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,11 @@ def summarize(version: str, document: dict[str, Any]) -> Report:
     )
 
 
-def table(reports: list[Report]) -> str:
-    """The reports as a table in Markdown."""
-    heads = ["Triton", "main loops", "over budget", "other kernels", "spilling", "most registers", "most bytes spilled"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for report in reports:
-        counts = [report.loops, report.missed, report.other_kernels, report.spilling]
-        cells = [report.error] if report.error else map(str, [*counts, report.registers, report.spill_bytes])
-        lines.append(f"| {' | '.join([report.version, *cells])} |")
-    return "\n".join(lines)
+def table_line(report: Report) -> str:
+    """The report as a line of the table in Markdown that begins with HEADER."""
+    counts = [report.loops, report.missed, report.other_kernels, report.spilling]
+    cells = [report.error] if report.error else map(str, [*counts, report.registers, report.spill_bytes])
+    return f"| {' | '.join([report.version, *cells])} |"
 
 
 def _last_line(text: str) -> str:
@@ -101,13 +100,15 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION", help=f"by default {VERSIONS}")
     parser.add_argument("--targets", nargs="+", default=["sm90"], metavar="TARGET", help="as of gpu_static")
     arguments = parser.parse_args()
-    reports = []
+    print(HEADER, flush=True)
+    passed = True
     for version in tqdm(arguments.versions, unit="version"):
         with tempfile.TemporaryDirectory() as folder:
             error = install(version, Path(folder))
-            reports.append(Report(version, error) if error else compile_with(version, Path(folder), arguments.targets))
-    print(table(reports))
-    return 0 if all(report.passed for report in reports) else 1
+            report = Report(version, error) if error else compile_with(version, Path(folder), arguments.targets)
+        print(table_line(report), flush=True)
+        passed &= report.passed
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
