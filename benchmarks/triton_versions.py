@@ -106,7 +106,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             error = install(version, Path(folder))
             report = Report(version, error) if error else compile_with(version, Path(folder), arguments.targets)
-        print(table_line(report), flush=True)
+        tqdm.write(table_line(report))
         passed &= report.passed
     return 0 if passed else 1
 
