@@ -4,7 +4,8 @@
 
 Every default configuration is compiled ahead of time for the GPUs it is meant for, also with its sums split in two and
 for float16, and the main loops are read in the machine code: `benchmarks.machine_code` says how instructions are
-counted, `benchmarks.gpu_rows` what is held against what. Exit status 1 if a budget is missed.
+counted, `benchmarks.gpu_rows` what is held against what. With `--targets` only those are compiled, and nothing is
+modelled. Exit status 1 if a budget is missed.
 """
 
 import argparse
@@ -90,34 +91,43 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=CHIPS, metavar="TARGET", help=f"some of {', '.join(CHIPS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and predictions here")
     arguments = parser.parse_args()
     if INTERPRETED:
         print("TRITON_INTERPRET is set, so that nothing would be compiled; unset it", file=sys.stderr)
         return 1
-    rows = [row for case in tqdm(list(cases()), desc="compiling", unit="config") for row in measure(*case)]
-    model = predictions(partial(plan, rows))
+    targets = arguments.targets or list(CHIPS)
+    chosen = [case for case in cases() if case[0] in targets]
+    rows = [row for case in tqdm(chosen, desc="compiling", unit="config") for row in measure(*case)]
+    print(table(rows))
+    model = [] if arguments.targets else predictions(partial(plan, rows))
+    if model:
+        print(f"\n{markdown(model)}")
+    others = [
+        {"target": target, "kernel": name, "registers": code.registers, "spill_bytes": code.spill_bytes}
+        for target in tqdm(targets, desc="compiling the other kernels", unit="target")
+        for name, code in compile_surroundings(CHIPS[target].gpu)
+    ]
     if arguments.json:
         modelled = [{**asdict(prediction), "speedup": prediction.speedup} for prediction in model]
-        document = {"rows": [asdict(row) for row in rows], "roofline_model": modelled}
+        document = {"rows": [asdict(row) for row in rows], "other_kernels": others, "roofline_model": modelled}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
-    print(f"\n{markdown(model)}")
-    spills = 0
-    for family, chip in tqdm(CHIPS.items(), desc="compiling the other kernels", unit="target"):
-        for name, code in compile_surroundings(chip.gpu):
-            if code.spill_bytes:
-                spills += 1
-                print(f"{family} {name}: spills {code.spill_bytes} bytes")
-    print(f"{spills} of the kernels around the products spill.")
+    spilling = [other for other in others if other["spill_bytes"]]
+    for other in spilling:
+        print(f"{other['target']} {other['kernel']}: spills {other['spill_bytes']} bytes")
+    print(f"{len(spilling)} of the {len(others)} kernels around the products spill.")
     missed = [row for row in rows if row.misses]
     for row in missed:
         print(f"{row.target} {row.kernel} {row.dtype} {row.config} member {row.member}: {', '.join(row.misses)}")
     print(f"{len(rows) - len(missed)} of {len(rows)} main loops are within their budgets.")
     half = [row for row in rows if row.dtype == "float16" and CHIPS[row.target].gpu.backend == "cuda"]
-    one, both = (max(row.alu_per_element for row in half if row.members == members) for members in (1, 2))
-    print(f"float16, without a budget of integer instructions: up to {one:.2f} for one member and {both:.2f} for both.")
-    return 1 if missed or spills else 0
+    if half:
+        one, both = (max(row.alu_per_element for row in half if row.members == members) for members in (1, 2))
+        print(
+            f"float16, which has no budget of integer instructions: up to {one:.2f} for one member, {both:.2f} for two."
+        )
+    return 1 if missed or spilling else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Random calls of the operator, and what they must give: a float64 computation that shares no code with it."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -117,3 +119,34 @@ def absolute_error(dtype: torch.dtype) -> float:
     """
     info = torch.finfo(dtype)
     return 2 * info.smallest_normal * info.eps
+
+
+def check_what_is_not_finite(case: Case, run: Callable[[], torch.Tensor]) -> None:
+    """Puts NaN and infinities where a call must not look, and then where they may spoil one row each.
+
+    Args:
+        case: of 8 tokens at least, finite.
+        run: computes `case` as it then is.
+    """
+    skipped, elsewhere, infinite, nan, weighted = range(3, 8)
+    clean = range(3)
+    # Expert 0 becomes another rank's: one token has no other expert.
+    case.slot_of_expert[0] = -1
+    case.topk_ids[:] = case.topk_ids.clamp(min=1)
+    case.topk_ids[skipped] = -1
+    case.topk_ids[elsewhere] = 0
+    case.topk_ids[0, 0], case.topk_ids[1, -1] = -1, 0
+    expected = run()
+    assert not expected[[skipped, elsewhere]].any()
+
+    case.x[[skipped, elsewhere]] = torch.tensor([[torch.nan], [torch.inf]]).to(case.x.dtype)
+    case.topk_weights[[skipped, elsewhere]] = torch.tensor([[torch.inf], [torch.nan]])
+    case.topk_weights[0, 0], case.topk_weights[1, -1] = torch.nan, -torch.inf
+    assert torch.equal(run(), expected)
+
+    case.x[infinite, 5], case.x[nan, 5] = torch.inf, torch.nan
+    case.topk_weights[weighted] = torch.nan
+    got = run()
+    assert not got[[infinite, nan, weighted]].isfinite().any()
+    kept = [*clean, skipped, elsewhere, *range(8, len(got))]
+    assert torch.equal(got[kept], expected[kept])

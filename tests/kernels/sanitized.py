@@ -4,11 +4,12 @@ AMX is among the levels on every CPU with AVX512-BF16: the library given here em
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from tests.kernels.cases import Case
+from tests.kernels.cases import Case, check_what_is_not_finite
 from vllm_puzzle.kernels.cpu import engine, library, usable_isas
 
 
@@ -39,6 +40,10 @@ def main() -> None:
             # A workspace of exactly the size asked for, so that what runs over its end is seen.
             engine._workspace = engine._Workspace()
             case.check(engine=f"cpu-{isa.name.lower()}")
+    for isa in levels:
+        for num_tokens in (8, 90):  # Some rows a tile, and several tiles with a part of one.
+            case = Case(num_tokens, num_experts=4, pairs=2, hidden_size=40)
+            check_what_is_not_finite(case, partial(case.run, engine=f"cpu-{isa.name.lower()}"))
     for dtype in (torch.float16, torch.float32):
         for activation in ("silu", "gelu", "gelu_tanh"):
             Case(num_tokens=11, hidden_size=50, dtype=dtype).check(activation, engine="cpu-portable")

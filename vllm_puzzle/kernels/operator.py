@@ -23,6 +23,10 @@ def packed_moe(
     A choice whose id is -1, or whose expert is not here, is skipped; an expert without tokens costs nothing; no tokens
     at all is legal. Sums run in float32. Inputs are not written to, and the output aliases none of them.
 
+    Skipped is skipped, also where the choice's router weight is NaN or infinite; a token of which every choice is
+    skipped gets zeros, whatever its x. Otherwise NaN or infinity in a token's x or router weights leaves no finite
+    number in its row, since masked weights multiply too, as zeros. In no case is another token's row touched.
+
     Args:
         x: (num_tokens, hidden_size), bfloat16, float16 or float32.
         w13: (num_slots, 2 * intermediate_size, hidden_size), int16 words, gate rows above up rows.

@@ -66,6 +66,7 @@ def combine_kernel(
             pointers = partial_ptr + (split * num_choices + choice) * ROWS + row
             result += tl.load(pointers, mask=mask & here, other=0).to(tl.float32)
         if not WEIGHT_ON_INPUT:
-            result *= tl.load(topk_weights_ptr + choice).to(tl.float32)
+            # The weight of a choice that is skipped may be NaN, and 0 * NaN is NaN.
+            result *= tl.load(topk_weights_ptr + choice, mask=here, other=0).to(tl.float32)
         total += result
     tl.store(output_ptr + token * ROWS + row, total.to(output_ptr.dtype.element_ty), mask=mask)

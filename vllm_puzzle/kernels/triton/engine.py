@@ -162,6 +162,7 @@ def fits_triton(
         and w13.is_contiguous()
         and w2.is_contiguous()
         and slot_of_expert.dtype == torch.int32
+        and slot_of_expert.is_contiguous()
         and topk_ids.dtype in (torch.int32, torch.int64)
         # Offsets within one slot are 32-bit.
         and w13[0].numel() < 2**31

@@ -37,6 +37,13 @@ def _load(base, offsets, k, TILE: tl.constexpr, ARE_WEIGHTS: tl.constexpr):
 
 
 @triton.jit
+def _weights(words, MEMBER: tl.constexpr, TILE: tl.constexpr):
+    # To Triton 3.6 an attribute of a constexpr is none where it is an argument: it gets a name first.
+    DECODER: tl.constexpr = TILE.decoder
+    return decode(words, MEMBER, DECODER)
+
+
+@triton.jit
 def _accumulator(TILE: tl.constexpr):
     ROWS: tl.constexpr = TILE.block_rows
     TOKENS: tl.constexpr = TILE.block_tokens
@@ -77,7 +84,7 @@ def _multiply_one(w_ptr, x_ptr, w_rows, x_rows, split, TILE: tl.constexpr, MEMBE
     for k in tl.range(0, TILE.part_k, TILE.block_k, num_stages=TILE.num_stages):
         words = _load(w_ptr, w_offsets, begin + k, TILE, True)
         x = _load(x_ptr, x_offsets, begin + k, TILE, False)
-        accumulator = _dot(decode(words, MEMBER, TILE.decoder), x, accumulator, TILE)
+        accumulator = _dot(_weights(words, MEMBER, TILE), x, accumulator, TILE)
         w_ptr += TILE.block_k
         x_ptr += TILE.block_k
     return _finished(accumulator, TILE)
@@ -94,8 +101,8 @@ def _multiply_both(w_ptr, x_ptr, w_rows, x_rows_0, x_rows_1, split, TILE: tl.con
     accumulator_1 = _accumulator(TILE)
     for k in tl.range(0, TILE.part_k, TILE.block_k, num_stages=TILE.num_stages):
         words = _load(w_ptr, w_offsets, begin + k, TILE, True)
-        weights_0 = decode(words, 0, TILE.decoder)
-        weights_1 = decode(words, 1, TILE.decoder)
+        weights_0 = _weights(words, 0, TILE)
+        weights_1 = _weights(words, 1, TILE)
         x_0 = _load(x_ptr, x_offsets_0, begin + k, TILE, False)
         x_1 = _load(x_ptr, x_offsets_1, begin + k, TILE, False)
         accumulator_0 = _dot(weights_0, x_0, accumulator_0, TILE)

@@ -1,25 +1,15 @@
-"""What only a CUDA or ROCm device can show: compiled kernels, graph capture, a server, the benchmark against vLLM's.
+"""The compiled kernels on a device: decoders, every configuration, graph capture, no waiting.
 
-`pytest -m gpu` runs these and the operator's tests with compiled kernels. Without a device they are not run.
+They need torch, Triton, pydantic and pytest, nothing else; those of `tests/kernels` marked `gpu` are alike.
 """
-
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from openai import OpenAI
 
-from benchmarks.demo import serving
 from tests.kernels.cases import TOLERANCE, Case
-from tests.plugin.engine import assert_same_tokens, generate, running
-from tests.tiny import build_tiny
-from vllm_puzzle.cli import main
-from vllm_puzzle.kernels import REFERENCE, TRITON, packed_moe
+from vllm_puzzle.kernels import TRITON, packed_moe
 from vllm_puzzle.kernels.triton import DTYPES, current_target, triton_moe
 from vllm_puzzle.kernels.triton.configs import FOLDER, load_configs
 from vllm_puzzle.kernels.triton.decode import decode, make_decoder
@@ -28,7 +18,6 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 PRODUCTS = ("gate_up", "down")
-PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 
 
 @triton.jit
@@ -92,43 +81,3 @@ def test_a_call_does_not_wait_for_the_device() -> None:
         packed_moe(*arguments, "silu", engine=TRITON)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.fixture(scope="module")
-def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    source, packed = build_tiny("qwen3_moe", folder / "source"), folder / "packed"
-    assert main(["convert", str(source), str(packed)]) == 0
-    return packed
-
-
-def test_a_model_gives_the_tokens_of_the_reference_engine(packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled and captured in graphs, against eager mode with the reference engine."""
-    results = []
-    for engine, eager in ((REFERENCE, True), (TRITON, False)):
-        monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
-        with running(packed_model, enforce_eager=eager, gpu_memory_utilization=0.3) as llm:
-            results.append(generate(llm, PROMPTS, 32))
-    assert_same_tokens(*results)
-
-
-def test_a_server_takes_the_triton_engine_by_itself(packed_model: Path, tmp_path: Path) -> None:
-    log = tmp_path / "server.log"
-    options = ("--quantization", "puzzlemoe", "--no-enforce-eager", "--gpu-memory-utilization", "0.3")
-    with serving(packed_model, log, *options) as server:
-        client = OpenAI(base_url=server.base_url, api_key="none")
-        answers = [
-            client.completions.create(model=str(packed_model), prompt="three pears", temperature=0, max_tokens=16)
-            for _ in range(2)
-        ]
-    assert answers[0].choices[0].text == answers[1].choices[0].text
-    assert "Routed experts run from packed pairs on the engine triton" in log.read_text()
-
-
-def test_the_benchmark_against_fused_moe_runs(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_moe", "--shapes", "Qwen3-30B-A3B", "--tokens", "1", "16"]
-    run = subprocess.run([*command, "--json", str(rows)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    engines = {row["engine"] for row in json.loads(rows.read_text())["rows"]}
-    assert {"packed", "bf16"} <= engines
