@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 
 from .config import PuzzleMoEConfig
 from .format import FormatError, PuzzleMoEQuantizationConfig
@@ -52,14 +53,19 @@ class PackedParameter(torch.nn.Parameter):
         self._weight_loader = loader
 
 
-def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantizationConfig) -> None:
+def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantizationConfig, required: bool) -> None:
     """Whether a checkpoint's experts are packed as those of the running model; raises FormatError where they are not.
 
-    Nothing is compared where `model` is no folder and no repository whose config.json can be had.
+    Without `required` a checkpoint whose config.json cannot be had passes: its weights may come from elsewhere.
     """
     stamps = tuple(_stamp(Path(model) / name) for name in ("config.json", "model.safetensors.index.json"))
     found = _read_checked(model, revision, stamps)
     if found is None:
+        if required:
+            raise FormatError(
+                f"{model} cannot be reloaded: there is no config.json to say how its experts are packed; give the "
+                f"folder of a packed checkpoint"
+            )
         return
     difference = _difference(found, running)
     if difference is not None:
@@ -95,12 +101,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 # Every layer asks, of the same checkpoint; the stamps are there to tell a folder that was replaced.
 @lru_cache(maxsize=1)
 def _read_checked(model: str, revision: str | None, stamps: tuple[Any, ...]) -> PuzzleMoEQuantizationConfig | None:
-    config = get_hf_file_to_dict("config.json", model, revision)
+    try:
+        config = get_hf_file_to_dict("config.json", model, revision)
+    except HFValidationError:
+        # Neither a folder nor a name that a repository could have.
+        config = None
     if config is None:
-        if Path(model).is_dir():
-            raise FormatError(
-                f"{model} has no config.json to say how its experts are packed; reload a whole checkpoint"
-            )
         return None
     section = config.get("quantization_config")
     if section is None:
