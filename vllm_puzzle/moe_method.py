@@ -12,7 +12,7 @@ from .kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
 from .loader import PackedExpertLoader
 from .lora import refuse_expert_adapters
 from .refusals import refuse_to_save, refuse_unsupported
-from .reload import PackedParameter, check_same_slots, put_running_weights_back, wait_for_weights
+from .reload import PackedParameter, check_same_slots, end_round, put_running_weights_back, wait_for_weights
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
@@ -124,6 +124,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         except FormatError:
             self._abandon_reload()
             raise
+        if self._reloading:
+            end_round(layer)
         self._reloading = False
 
     def _process(self, layer: RoutedExperts) -> None:

@@ -37,7 +37,7 @@ class PackedParameter(torch.nn.Parameter):
         begin_reload: Callable[[], None],
     ) -> None:
         """`loaded_numel` is how many of the words come from the checkpoint; the rest is padding."""
-        self._weight_loader = weight_loader
+        self._own_loader = self._weight_loader = weight_loader
         self._begin_reload = begin_reload
         # By this name vLLM asks for it, to know when a layer is complete.
         self.weight_loader_numel = loaded_numel
@@ -51,6 +51,10 @@ class PackedParameter(torch.nn.Parameter):
         if self.is_meta:
             self._begin_reload()
         self._weight_loader = loader
+
+    def unwrap(self) -> None:
+        """Takes vLLM's loader off: vLLM keeps the copies on the meta device, and would not set one the next time."""
+        self._weight_loader = self._own_loader
 
 
 def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantizationConfig, required: bool) -> None:
@@ -78,11 +82,20 @@ def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantiz
 def put_running_weights_back(model_config: Any) -> None:
     """Ends a reload that has failed: every layer that still waits for weights gets back the tensors it ran with."""
     waiting = [(layer, info) for layer, info in LAYERWISE_INFO.items() if info.can_load()]
-    for _, info in waiting:
+    for layer, info in waiting:
+        end_round(layer)
         info.loaded_weights.clear()
         # Nothing has come and nothing is expected, which to vLLM means: as it was.
         info.load_numel = info.load_numel_total = 0
     finalize_layerwise_reload(torch.nn.ModuleList(layer for layer, _ in waiting), model_config)
+
+
+def end_round(layer: torch.nn.Module) -> None:
+    """Makes the next reload of a layer begin as the first one did."""
+    parameters, _ = LAYERWISE_INFO[layer].restore_metadata
+    for parameter in parameters.values():
+        if isinstance(parameter, PackedParameter):
+            parameter.unwrap()
 
 
 def wait_for_weights(layer: torch.nn.Module) -> None:

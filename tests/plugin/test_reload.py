@@ -115,7 +115,10 @@ def test_other_slots_are_refused_and_the_engine_runs_on(
             with pytest.raises(Exception, match=message):
                 reload(llm, weights_path=str({**models, "short": short, "nowhere": tmp_path / "nowhere"}[model]))
             assert tokens(llm) == before, model
+        # Also after a reload that went well.
         reload(llm, weights_path=str(models["packed"]))
+        with pytest.raises(Exception, match="cannot be reloaded into the running model"):
+            reload(llm, weights_path=str(models["other pairs"]))
         assert tokens(llm) == before
 
 
