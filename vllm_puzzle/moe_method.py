@@ -12,7 +12,7 @@ from .kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
 from .loader import PackedExpertLoader
 from .lora import refuse_expert_adapters
 from .refusals import refuse_to_save, refuse_unsupported
-from .reload import PackedParameter, check_same_slots, put_running_weights_back, wait_for_weights
+from .reload import PackedParameter, check_same_slots, end_round, put_running_weights_back, wait_for_weights
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
@@ -50,10 +50,11 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"with a larger --max-expert-parallel"
             ) from None
         self._loader: PackedExpertLoader | None = None
-        self._reloading = False
+        self._reloading = self._waiting = False
         # Weakly, as vLLM keeps what it knows of a layer only as long as the layer lives, and parameters lead here.
         self._layer = weakref.ref(layer)
         self._model_config = vllm_config.model_config
+        self._served = vllm_config.model_config.model
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
         self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine)
@@ -123,12 +124,17 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         except FormatError:
             self._abandon_reload()
             raise
+        if self._reloading:
+            end_round(layer)
         self._reloading = False
 
     def _process(self, layer: RoutedExperts) -> None:
         assert self._loader is not None
         if not self._dummy_weights:
             self._loader.finish()
+        if self._reloading:
+            # Again: where an error of vLLM's own ended the last reload, this one began without asking.
+            self._check_slots()
         isa = cpu_isa(self._engine)
         if isa is not None:
             tile_slots_(layer.w13_weight_packed, layer.w2_weight_packed)
@@ -140,21 +146,27 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         """Raises FormatError where the checkpoint is packed otherwise; the engine then runs on as it did."""
         assert self._loader is not None
         self._loader.start()
-        if self._reloading:
+        if self._waiting:
             return
         try:
-            check_same_slots(self._model_config.model, self._model_config.revision, self._quantization)
-        except FormatError:
+            self._check_slots()
+        except Exception:
             put_running_weights_back(self._model_config)
             raise
         self._reloading = True
+
+    def _check_slots(self) -> None:
+        model = self._model_config.model
+        check_same_slots(model, self._model_config.revision, self._quantization, required=model != self._served)
 
     def _abandon_reload(self) -> None:
         """Leaves the model to a later reload where this one ends halfway, with words of two checkpoints in it."""
         layer = self._layer()
         if self._reloading and layer is not None:
             put_running_weights_back(self._model_config)
+            self._waiting = True
             wait_for_weights(layer)
+            self._waiting = False
 
     def _check_decodable(self, layer: RoutedExperts) -> None:
         # Imported late: Triton need not be installed for the other engines.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 
 from .config import PuzzleMoEConfig
 from .format import FormatError, PuzzleMoEQuantizationConfig
@@ -36,7 +37,7 @@ class PackedParameter(torch.nn.Parameter):
         begin_reload: Callable[[], None],
     ) -> None:
         """`loaded_numel` is how many of the words come from the checkpoint; the rest is padding."""
-        self._weight_loader = weight_loader
+        self._own_loader = self._weight_loader = weight_loader
         self._begin_reload = begin_reload
         # By this name vLLM asks for it, to know when a layer is complete.
         self.weight_loader_numel = loaded_numel
@@ -51,15 +52,24 @@ class PackedParameter(torch.nn.Parameter):
             self._begin_reload()
         self._weight_loader = loader
 
+    def unwrap(self) -> None:
+        """Takes vLLM's loader off: vLLM keeps the copies on the meta device, and would not set one the next time."""
+        self._weight_loader = self._own_loader
 
-def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantizationConfig) -> None:
+
+def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantizationConfig, required: bool) -> None:
     """Whether a checkpoint's experts are packed as those of the running model; raises FormatError where they are not.
 
-    Nothing is compared where `model` is no folder and no repository whose config.json can be had.
+    Without `required` a checkpoint whose config.json cannot be had passes: its weights may come from elsewhere.
     """
     stamps = tuple(_stamp(Path(model) / name) for name in ("config.json", "model.safetensors.index.json"))
     found = _read_checked(model, revision, stamps)
     if found is None:
+        if required:
+            raise FormatError(
+                f"{model} cannot be reloaded: there is no config.json to say how its experts are packed; give the "
+                f"folder of a packed checkpoint"
+            )
         return
     difference = _difference(found, running)
     if difference is not None:
@@ -72,11 +82,20 @@ def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantiz
 def put_running_weights_back(model_config: Any) -> None:
     """Ends a reload that has failed: every layer that still waits for weights gets back the tensors it ran with."""
     waiting = [(layer, info) for layer, info in LAYERWISE_INFO.items() if info.can_load()]
-    for _, info in waiting:
+    for layer, info in waiting:
+        end_round(layer)
         info.loaded_weights.clear()
         # Nothing has come and nothing is expected, which to vLLM means: as it was.
         info.load_numel = info.load_numel_total = 0
     finalize_layerwise_reload(torch.nn.ModuleList(layer for layer, _ in waiting), model_config)
+
+
+def end_round(layer: torch.nn.Module) -> None:
+    """Makes the next reload of a layer begin as the first one did."""
+    parameters, _ = LAYERWISE_INFO[layer].restore_metadata
+    for parameter in parameters.values():
+        if isinstance(parameter, PackedParameter):
+            parameter.unwrap()
 
 
 def wait_for_weights(layer: torch.nn.Module) -> None:
@@ -95,12 +114,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 # Every layer asks, of the same checkpoint; the stamps are there to tell a folder that was replaced.
 @lru_cache(maxsize=1)
 def _read_checked(model: str, revision: str | None, stamps: tuple[Any, ...]) -> PuzzleMoEQuantizationConfig | None:
-    config = get_hf_file_to_dict("config.json", model, revision)
+    try:
+        config = get_hf_file_to_dict("config.json", model, revision)
+    except HFValidationError:
+        # Neither a folder nor a name that a repository could have.
+        config = None
     if config is None:
-        if Path(model).is_dir():
-            raise FormatError(
-                f"{model} has no config.json to say how its experts are packed; reload a whole checkpoint"
-            )
         return None
     section = config.get("quantization_config")
     if section is None:

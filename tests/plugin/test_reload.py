@@ -107,14 +107,18 @@ def test_other_slots_are_refused_and_the_engine_runs_on(
         "fewer pairs": r"fewer cannot be reloaded .*layer \d has \d pairs of 8 experts there and 4 of 8 in the running",
         "source": "source/config.json has no quantization_config, so its experts are not packed",
         "short": lost.split("experts.")[1],
+        "nowhere": "nowhere cannot be reloaded: there is no config.json",
     }
     with running(models["packed"], **ENGINES[engine]) as llm:
         before = tokens(llm)
         for model, message in refused.items():
             with pytest.raises(Exception, match=message):
-                reload(llm, weights_path=str({**models, "short": short}[model]))
+                reload(llm, weights_path=str({**models, "short": short, "nowhere": tmp_path / "nowhere"}[model]))
             assert tokens(llm) == before, model
+        # Also after a reload that went well.
         reload(llm, weights_path=str(models["packed"]))
+        with pytest.raises(Exception, match="cannot be reloaded into the running model"):
+            reload(llm, weights_path=str(models["other pairs"]))
         assert tokens(llm) == before
 
 
