@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.kernels.cases import Case, check_what_is_not_finite
-from tests.kernels.engines import CPU_ENGINES, DTYPES, HERE
-from vllm_puzzle.kernels import packed_moe
+from tests.kernels.engines import CPU_ENGINES, DTYPES, HERE, ON_CPU
+from vllm_puzzle.kernels import REFERENCE, packed_moe
 
 
 @pytest.mark.parametrize(("engine", "dtype"), DTYPES)
