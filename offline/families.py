@@ -285,7 +285,8 @@ def find_moe_shape(config: PretrainedConfig, where: str) -> MoEShape:
     values.integer("max_position_embeddings")
     values.integer("num_attention_heads", most=hidden_size)
     for name in ("num_key_value_heads", "head_dim", "kv_lora_rank", "qk_rope_head_dim"):
-        values.optional_integer(name, most=hidden_size)
+        # A latent or a head may be wider than a small model; none is as wide as this.
+        values.optional_integer(name, most=1 << 20)
     values.activation("hidden_act")
     return MoEShape(
         family=family,

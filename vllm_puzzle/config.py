@@ -72,6 +72,10 @@ class PuzzleMoEConfig(QuantizationConfig):
             FormatError: a tensor that is missing, misshapen or unexpected, by name, or a broken index or shard.
         """
         self._num_hidden_layers = getattr(hf_config, "num_hidden_layers", None)
+        if getattr(hf_config, "_experts_implementation", None) == QUANT_METHOD:
+            # Plain transformers is to refuse, having no kernels for packed experts. With --model-impl transformers
+            # the experts are vLLM's.
+            hf_config._experts_implementation = None
         shapes = read_shapes(model_name, revision)
         if shapes:
             check_packed_names(shapes, self.quantization, model_name)

@@ -112,6 +112,16 @@ def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
     assert_same_logprobs(*results, tolerance=1e-3)
 
 
+def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Path, Path]]) -> None:
+    """The config tells plain transformers to refuse; within vLLM its model code runs around our experts."""
+    packed, _ = checkpoints["qwen3_moe"]
+    results = []
+    for model_impl in ("vllm", "transformers"):
+        with running(packed, dtype="float32", model_impl=model_impl) as llm:
+            results.append(generate(llm, PROMPTS, MAX_TOKENS))
+    assert_same_logprobs(*results, tolerance=1e-3)
+
+
 def test_the_reference_engine_gives_the_same(
     checkpoints: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
