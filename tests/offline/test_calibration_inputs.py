@@ -100,7 +100,6 @@ def test_a_token_that_the_embedding_does_not_have(
         {"_attn_implementation": "flash_attention_2"},
         {"attn_implementation": "flash_attention_2"},
         {"attn_implementation": {"": "flash_attention_3", "text_config": "flash_attention_2"}},
-        {"experts_implementation": "nobody_has_it"},
     ],
 )
 def test_how_a_training_run_computed_is_not_asked(
@@ -112,6 +111,14 @@ def test_how_a_training_run_computed_is_not_asked(
     assert all(torch.equal(tensor, packed[name]) for name, tensor in plain.items())
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert {name: config[name] for name in asked} == asked
+
+
+def test_the_experts_of_a_training_run_are_not_asked(source: Path, text: Path, tmp_path: Path) -> None:
+    plain = convert(source, tmp_path / "plain", text)
+    edit_config(source, experts_implementation="nobody_has_it")
+    packed = convert(source, tmp_path / "packed", text)
+    assert all(torch.equal(tensor, packed[name]) for name, tensor in plain.items())
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["experts_implementation"] == "puzzlemoe"
 
 
 NOT_FINITE = [

@@ -95,7 +95,7 @@ def test_what_no_tensor_depends_on_may_be_anything(source: Path, tmp_path: Path)
 def test_a_model_that_transformers_cannot_build(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_config(source, hidden_act="hardly")
+    edit_config(source, rope_parameters={"rope_type": "hardly", "rope_theta": 1e4})
     arguments = ["convert", str(source), str(tmp_path / "packed")]
     assert_refused(arguments, tmp_path, capsys, "transformers cannot build the model of this config.json", "hardly")
 

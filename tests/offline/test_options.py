@@ -104,8 +104,11 @@ def test_better_recipes_are_estimated_to_cost_more() -> None:
     fewer = estimate(RECIPES[0], replace(work, num_tokens=work.num_tokens // 2, pairs=256), speed)
     assert fewer.seconds < estimates[0].seconds
     assert fewer.num_bytes < estimates[0].num_bytes
-    assert str(Estimate(7200.0, 3 * 10**9, 2 * 10**9)) == "about 120 minutes (60.0 minutes a billion weights), 3.0 GB"
-    assert str(Estimate(50.0, 10**8, 10**9)) == "about 50 seconds (0.8 minutes a billion weights), 0.1 GB"
+    assert (
+        str(Estimate(7200.0, 3 * 10**9, 2 * 10**9))
+        == "about 2.0 hours (60.0 minutes a billion weights), 3.00 GB of memory"
+    )
+    assert str(Estimate(50.0, 10**8, 10**9)) == "about 50 seconds (0.8 minutes a billion weights), 100 MB of memory"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Packed and unpacked agree: in vLLM, and with transformers' own models as a third witness.
 
 In float32 all three compute the same sums in another order, so they agree to about 1e-5 and nothing can hide. In
-bfloat16, the dtype people serve in, packed is held against unpacked in vLLM. There a sum in another order can round to
-another number, and that can send a token to another expert; so the other side uses vLLM's vector kernels on machines
-with AMX too.
+bfloat16, the dtype people serve in, packed and unpacked are compared with float32: a sum in another order can round to
+another number, and that can send a token to another expert. vLLM uses its vector kernels there, with AMX too.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from tests.plugin.engine import (
     SERVED,
     Greedy,
     assert_same_logprobs,
-    assert_same_tokens,
     generate,
     running,
+    score,
     witness,
 )
 from tests.tiny import add_mtp_layer, build_tiny
@@ -30,6 +31,7 @@ from vllm_puzzle.kernels.triton import INTERPRETED
 
 PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 MAX_TOKENS = 64
+TEXTS = [[(11 * i * i + j * (2 * i + 5) + j * j * j) % 256 for j in range(200)] for i in range(8)]
 
 
 @pytest.fixture
@@ -39,12 +41,20 @@ def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("vector_kernels")
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4_text"])
-def test_greedy_tokens_in_bfloat16(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
-    results = []
-    for checkpoint in checkpoints[family]:
-        with running(checkpoint) as llm:
-            results.append(generate(llm, PROMPTS, MAX_TOKENS))
-    assert_same_tokens(*results)
+def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+    """In bfloat16. Kernels of different machines round at different places, and a rounding can send a token elsewhere.
+
+    So nothing is compared token by token: what rounding moves the log probabilities of the same texts by has to be of
+    the size that it has with vLLM's own experts.
+    """
+    packed, unpacked = checkpoints[family]
+    scores = []
+    for checkpoint, dtype in ((unpacked, "float32"), (unpacked, "bfloat16"), (packed, "bfloat16")):
+        with running(checkpoint, dtype=dtype, max_num_seqs=len(TEXTS)) as llm:
+            scores.append(score(llm, TEXTS))
+    exact, plain, ours = scores
+    plain_error, our_error = (float((rounded - exact).square().mean().sqrt()) for rounded in (plain, ours))
+    assert our_error <= 1.5 * plain_error, f"{our_error} beside {plain_error}"
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -113,13 +123,24 @@ def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
 
 
 def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Path, Path]]) -> None:
-    """The config tells plain transformers to refuse; within vLLM its model code runs around our experts."""
+    """The config tells plain transformers to refuse; within vLLM its model code runs around our experts.
+
+    In a process of its own, since vLLM then replaces parts of transformers for good.
+    """
     packed, _ = checkpoints["qwen3_moe"]
-    results = []
-    for model_impl in ("vllm", "transformers"):
-        with running(packed, dtype="float32", model_impl=model_impl) as llm:
-            results.append(generate(llm, PROMPTS, MAX_TOKENS))
-    assert_same_logprobs(*results, tolerance=1e-3)
+    with running(packed, dtype="float32") as llm:
+        expected = generate(llm, PROMPTS, MAX_TOKENS)
+    program = (
+        "import json, sys\nfrom pathlib import Path\n"
+        "from tests.plugin.engine import generate, running\n"
+        "from tests.plugin.test_agreement import MAX_TOKENS, PROMPTS\n"
+        "with running(Path(sys.argv[1]), dtype='float32', model_impl='transformers') as llm:\n"
+        "    print('tokens', json.dumps([each.tokens for each in generate(llm, PROMPTS, MAX_TOKENS)]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(packed)], capture_output=True, text=True, check=False)
+    said = [line for line in run.stdout.splitlines() if line.startswith("tokens ")]
+    assert said, run.stderr[-2000:]
+    assert json.loads(said[0].removeprefix("tokens ")) == [each.tokens for each in expected]
 
 
 def test_the_reference_engine_gives_the_same(

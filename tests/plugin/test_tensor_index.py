@@ -49,7 +49,7 @@ def ask(model: Path | str, config_of: Path) -> None:
 )
 def test_it_is_not_served_without(name: str, copy: Path) -> None:
     remove_tensors(copy, {name})
-    with pytest.raises(FormatError, match=f"lacks 1 tensor .*: {name}; copy or convert"), running(copy):
+    with pytest.raises(ValueError, match=f"lacks 1 tensor .*: {name}; copy or convert"), running(copy):
         pass
 
 
@@ -118,7 +118,7 @@ def test_a_broken_index_or_shard(spoil: Callable[[Path], object], message: str, 
 
 def test_vllm_says_it_so(copy: Path) -> None:
     (copy / INDEX).write_text("{}")
-    with pytest.raises(FormatError, match="has no `weight_map`"), running(copy):
+    with pytest.raises(ValueError, match="has no `weight_map`"), running(copy):
         pass
 
 
