@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.cpu_peers import Engine, build_engines, has_amx
+from benchmarks.cpu_peers import Engine, build_engines, has_amx, has_quantized
 from vllm_puzzle.format import pack
 from vllm_puzzle.kernels.cpu import empty_slots
 
@@ -202,6 +202,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the rows go")
     arguments = parser.parse_args()
     arguments.json.touch()
+    if not has_quantized():
+        print("vLLM has no FP8, INT8 and INT4 kernels for this CPU: those peers are left out")
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     agreement = {}

@@ -155,6 +155,12 @@ def has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
 
 
+def has_quantized() -> bool:
+    """Whether vLLM has its FP8, INT8 and INT4 kernels on this CPU: its library for those without AVX-512 has none."""
+    current_platform.import_kernels()
+    return hasattr(torch.ops._C, "convert_weight_packed")
+
+
 def build_engines(w13: torch.Tensor, w2: torch.Tensor, repeat: int) -> list[Engine]:
     """All engines that run on this CPU, ours first.
 
@@ -172,4 +178,5 @@ def build_engines(w13: torch.Tensor, w2: torch.Tensor, repeat: int) -> list[Engi
     engines: list[Engine] = [Packed.from_words(w13.repeat(repeat, 1, 1), w2.repeat(repeat, 1, 1))]
     dense13, dense2 = unpacked(w13), unpacked(w2)
     engines += [VllmBf16(dense13, dense2, isa) for isa in (("amx", "vec") if has_amx() else ("vec",))]
-    return engines + [quantize(dense13, dense2) for quantize in (_fp8, _int8, _int4)]
+    quantizers = (_fp8, _int8, _int4) if has_quantized() else ()
+    return engines + [quantize(dense13, dense2) for quantize in quantizers]
