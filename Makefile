@@ -24,7 +24,8 @@ test: $(VENV)/ready $(COMPILED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+# Two files of tests at once: most tests are one thread's work, and the fixtures of a file are made once.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(COMPILED) demo .cache
