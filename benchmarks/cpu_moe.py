@@ -148,7 +148,7 @@ def measure(shape: Shape, layers: list[list[Engine]], load: Load, threads: int, 
                 )
     bandwidth, products = statistics.median(limits.gb_per_s), statistics.median(limits.gmac_per_s)
     bf16 = min(statistics.median(times) for name, times in seconds.items() if name.startswith("bf16"))
-    fp8 = statistics.median(seconds["fp8"])
+    fp8 = statistics.median(seconds["fp8"]) if "fp8" in seconds else None
     rows = []
     for name, times in seconds.items():
         median, num_bytes = statistics.median(times), statistics.mean(moved[name])
@@ -167,7 +167,7 @@ def measure(shape: Shape, layers: list[list[Engine]], load: Load, threads: int, 
                 "gb_per_s": round(num_bytes / median / 1e9, 2),
                 "share_of_bandwidth": round(num_bytes / median / 1e9 / bandwidth, 3),
                 "ratio_vs_bf16": round(bf16 / median, 3),
-                "ratio_vs_fp8": round(fp8 / median, 3),
+                "ratio_vs_fp8": round(fp8 / median, 3) if fp8 else None,
                 "read_gb_per_s": round(bandwidth, 2),
                 "gemm_gmac_per_s": round(products, 1),
                 "memory_ms": round(memory_ms, 3),

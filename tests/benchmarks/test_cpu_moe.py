@@ -13,6 +13,8 @@ SHAPE = Shape("small", num_experts=8, hidden_size=256, intermediate_size=128, to
 def same_threads_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.cpu_moe.torch.set_num_threads", lambda count: None)
     monkeypatch.setattr("benchmarks.cpu_moe.ROTATED_BYTES", 1e6)
+    # A CPU without BF16 instructions multiplies large matrices of it for seconds.
+    monkeypatch.setattr("benchmarks.cpu_moe.GEMM_SIZE", 64)
 
 
 def test_engines_agree_and_rows_are_complete() -> None:
