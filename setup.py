@@ -11,7 +11,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 _PACKAGE = Path("vllm_puzzle", "kernels", "cpu")
-_OFFLINE = Path("offline")
+_MERGING = Path("vllm_puzzle", "offline", "merging")
 
 
 def _load_builder():
@@ -42,17 +42,16 @@ class BuildCpuEngine(Command):
         root = Path() if self.editable_mode else Path(self.build_lib)
         try:
             builder.build_library(root / _PACKAGE / builder.LIBRARY_NAME)
-            offline = _OFFLINE if self.editable_mode else root / "vllm_puzzle" / _OFFLINE
-            builder.build_packing(_OFFLINE / "packing.cpp", offline / builder.PACKING_NAME)
+            builder.build_packing(_MERGING / "packing.cpp", root / _MERGING / builder.PACKING_NAME)
         except builder.BuildError as error:
             raise SystemExit(str(error)) from None
 
     def get_source_files(self):
-        return [*sorted(map(str, (_PACKAGE / "csrc").iterdir())), str(_OFFLINE / "packing.cpp")]
+        return [*sorted(map(str, (_PACKAGE / "csrc").iterdir())), str(_MERGING / "packing.cpp")]
 
     def get_outputs(self):
         builder, root = _load_builder(), Path(self.build_lib)
-        packing = root / "vllm_puzzle" / _OFFLINE / builder.PACKING_NAME
+        packing = root / _MERGING / builder.PACKING_NAME
         return [str(root / _PACKAGE / builder.LIBRARY_NAME), str(packing)]
 
     def get_output_mapping(self):

@@ -27,7 +27,7 @@ from openai import OpenAI
 
 from benchmarks.reference_model import DEFAULT_CACHE, build, read_text
 from vllm_puzzle.format import parse_packed_name
-from vllm_puzzle.offline.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
 
 QUESTION = "What is the capital of France?"
 MAX_TOKENS = 48

@@ -15,13 +15,13 @@ from typing import Literal
 
 import torch
 
-from vllm_puzzle.offline.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.expert_tensors import check_experts, expected_experts
+from vllm_puzzle.offline.checkpoints.families import find_moe_shape
+from vllm_puzzle.offline.checkpoints.shards import Planned, ShardWriter, plan_shards
+from vllm_puzzle.offline.checkpoints.writer import check_destination, check_room, new_checkpoint
 from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
 from vllm_puzzle.offline.errors import CheckpointError
-from vllm_puzzle.offline.experts import check_experts, expected_experts
-from vllm_puzzle.offline.families import find_moe_shape
-from vllm_puzzle.offline.shards import Planned, ShardWriter, plan_shards
-from vllm_puzzle.offline.writer import check_destination, check_room, new_checkpoint
 
 Format = Literal["fp8", "int4"]
 

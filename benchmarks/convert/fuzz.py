@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convert.source import Shape, write_source
-from vllm_puzzle.offline.checkpoint import INDEX_FILE
-from vllm_puzzle.offline.convert import convert
+from vllm_puzzle.format import INDEX_FILE
+from vllm_puzzle.offline.conversion.convert import convert
+from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.errors import CheckpointError
-from vllm_puzzle.offline.options import ConvertOptions
 from vllm_puzzle.offline.verify import verify
 
 _SHAPE = Shape(num_hidden_layers=2, hidden_size=64, intermediate_size=32, num_local_experts=4)

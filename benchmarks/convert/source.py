@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from vllm_puzzle.offline.checkpoints.shards import Planned, ShardWriter, plan_shards
+from vllm_puzzle.offline.checkpoints.writer import CheckpointWriter
 from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
-from vllm_puzzle.offline.shards import Planned, ShardWriter, plan_shards
-from vllm_puzzle.offline.writer import CheckpointWriter
 
 _PROJECTIONS = ("w1", "w2", "w3")
 

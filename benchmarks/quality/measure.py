@@ -14,7 +14,7 @@ from benchmarks.quality.peers import PEERS, Peer
 from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
 from benchmarks.quality.seeds import study_seeds
 from benchmarks.reference_model import Variant, read_text
-from vllm_puzzle.offline.calibration import read_calibration
+from vllm_puzzle.offline.conversion.calibration import read_calibration
 
 TEXT_TOKENS = 8192
 SEQUENCE_LENGTH = 256

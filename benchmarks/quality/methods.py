@@ -12,11 +12,11 @@ import torch
 
 from benchmarks.quality.model import QualityModel, in_bfloat16
 from benchmarks.quality.peers import CompressedLayer, LoggedTokens, Peer
-from vllm_puzzle.offline.calibration import Calibrator, HiddenStates
-from vllm_puzzle.offline.convert import convert
-from vllm_puzzle.offline.job import names_by_layer
-from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.options import ConvertOptions
+from vllm_puzzle.offline.conversion.calibration import Calibrator, HiddenStates
+from vllm_puzzle.offline.conversion.convert import convert
+from vllm_puzzle.offline.conversion.job import names_by_layer
+from vllm_puzzle.offline.conversion.options import ConvertOptions
+from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 
 class Packed(NamedTuple):

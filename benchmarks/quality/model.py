@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
 from vllm_puzzle.format import parse_packed_name, unpack
-from vllm_puzzle.offline.checkpoint import Checkpoint
-from vllm_puzzle.offline.experts import layer_experts, layer_names
-from vllm_puzzle.offline.families import find_moe_shape
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.packed import PackedCheckpoint
+from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts, layer_names
+from vllm_puzzle.offline.checkpoints.families import find_moe_shape
+from vllm_puzzle.offline.checkpoints.packed import PackedCheckpoint
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 
 def in_bfloat16(experts: ExpertWeights) -> ExpertWeights:

@@ -11,10 +11,10 @@ from benchmarks.perplexity import perplexity
 from benchmarks.quality.methods import walk
 from benchmarks.quality.model import QualityModel
 from vllm_puzzle.format import default_max_expert_parallel
-from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.merging import ElementRule
-from vllm_puzzle.offline.pairing import draw_mates
-from vllm_puzzle.offline.statistics import input_norms, measure
+from vllm_puzzle.offline.conversion.pairing import draw_mates
+from vllm_puzzle.offline.merging.layer import ExpertWeights
+from vllm_puzzle.offline.merging.pair import ElementRule
+from vllm_puzzle.offline.merging.saliency import input_norms, measure
 
 SEEDS = 8
 TAU = 0.4

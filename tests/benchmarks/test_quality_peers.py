@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 
 from benchmarks.quality.peers import PEERS, CompressedLayer, LoggedTokens
 from benchmarks.round_to_nearest import round_to_fp8, round_to_int4
-from vllm_puzzle.offline.layer import ExpertWeights
+from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_TOKENS, TOP_K = 8, 24, 16, 200, 2
 NO_LOGITS = torch.zeros(0, NUM_EXPERTS)

@@ -11,7 +11,7 @@ from benchmarks.quality.model import QualityModel
 from benchmarks.quality.peers import PEERS
 from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
 from tests.tiny import build_tiny
-from vllm_puzzle.offline.layer import ExpertWeights
+from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 LENGTH = 12
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.checkpoint import INDEX_FILE
-from vllm_puzzle.offline.estimate import Speed
-from vllm_puzzle.offline.sizing import Sizing
+from vllm_puzzle.format import INDEX_FILE
+from vllm_puzzle.offline.conversion.estimate import Speed
+from vllm_puzzle.offline.reports.sizing import Sizing
 
 SPEED = Speed(products=1e11, elements=1e9)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-import vllm_puzzle.offline.layer_merging
+import vllm_puzzle.offline.merging.merge_layer
 from vllm_puzzle.format import LayerSlots, unpack
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.merging import MergeStatistics
-from vllm_puzzle.offline.recipe import Recipe
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.pair import MergeStatistics
+from vllm_puzzle.offline.merging.recipe import Recipe
 
 # Odd multiples, so that a swap of two sizes cannot go unnoticed.
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 24, 20, 6, 2
@@ -90,7 +90,7 @@ def merge_layer(
         for member, expert in enumerate(slots.members(slot)):
             (stored.gate, stored.up, stored.down)[position][expert] = unpack(matrix, member)
 
-    merged = vllm_puzzle.offline.layer_merging.merge_layer(
+    merged = vllm_puzzle.offline.merging.merge_layer.merge_layer(
         experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, routed, lacking
     )
     return PackedLayer(words, stored, merged.statistics)

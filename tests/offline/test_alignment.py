@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import relu
 
 from tests.offline.small import HIDDEN_SIZE, INTERMEDIATE_SIZE, small_experts, small_tokens
-from vllm_puzzle.offline.alignment import align, estimate_loss, neuron_magnitudes
-from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.merging import align_mates
-from vllm_puzzle.offline.statistics import ExpertStatistics, measure, uniform
+from vllm_puzzle.offline.merging.alignment import align, estimate_loss, neuron_magnitudes
+from vllm_puzzle.offline.merging.layer import ExpertWeights
+from vllm_puzzle.offline.merging.pair import align_mates
+from vllm_puzzle.offline.merging.saliency import ExpertStatistics, measure, uniform
 
 PERMUTATION = torch.randperm(INTERMEDIATE_SIZE, generator=torch.Generator().manual_seed(3))
 
@@ -92,8 +92,8 @@ def test_parts_of_the_losses_add_up_to_the_same_order(monkeypatch: pytest.Monkey
     experts = with_a_reordered_copy(0.3)
     statistics = statistics_of(experts, calibrated=True)
     whole = align(magnitudes_of(experts), statistics)
-    monkeypatch.setattr("vllm_puzzle.offline.alignment._COLUMNS_AT_ONCE", 7)
-    monkeypatch.setattr("vllm_puzzle.offline.alignment._ELEMENTS_AT_ONCE", 3 * 7 * INTERMEDIATE_SIZE)
+    monkeypatch.setattr("vllm_puzzle.offline.merging.alignment._COLUMNS_AT_ONCE", 7)
+    monkeypatch.setattr("vllm_puzzle.offline.merging.alignment._ELEMENTS_AT_ONCE", 3 * 7 * INTERMEDIATE_SIZE)
     assert torch.equal(align(magnitudes_of(experts), statistics), whole)
 
 

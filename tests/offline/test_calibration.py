@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
-import vllm_puzzle.offline.units
+import vllm_puzzle.offline.conversion.units
 from tests.tiny import FAMILIES, build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.calibration import Calibrator, HiddenStates, read_calibration
-from vllm_puzzle.offline.experts import layer_experts
-from vllm_puzzle.offline.families import MoEShape
-from vllm_puzzle.offline.layer import RoutedTokens
-from vllm_puzzle.offline.layer_merging import MergedLayer
-from vllm_puzzle.offline.source import SourceCheckpoint
-from vllm_puzzle.offline.statistics import input_norms
+from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts
+from vllm_puzzle.offline.checkpoints.families import MoEShape
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
+from vllm_puzzle.offline.conversion.calibration import Calibrator, HiddenStates, read_calibration
+from vllm_puzzle.offline.merging.layer import RoutedTokens
+from vllm_puzzle.offline.merging.merge_layer import MergedLayer
+from vllm_puzzle.offline.merging.saliency import input_norms
 
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(1500))
 
@@ -154,14 +154,14 @@ def test_each_layer_makes_up_for_the_merged_layers_before_it(
     path, packed, plain = build_tiny(family, tmp_path / "m"), tmp_path / "packed", tmp_path / "plain"
     (tmp_path / "text").write_text(TEXT)
     calls: list[tuple[RoutedTokens, torch.Tensor]] = []
-    merge_layer = vllm_puzzle.offline.units.merge_layer
+    merge_layer = vllm_puzzle.offline.conversion.units.merge_layer
 
     def record(*arguments: Any) -> MergedLayer:
         result = merge_layer(*arguments)
         calls.append(arguments[6:8])
         return result
 
-    monkeypatch.setattr("vllm_puzzle.offline.units.merge_layer", record)
+    monkeypatch.setattr("vllm_puzzle.offline.conversion.units.merge_layer", record)
     options = ["--calibration", str(tmp_path / "text"), "--calibration-sequences", "2", "--rule", "compensated"]
     assert main(["convert", str(path), str(packed), *options]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0

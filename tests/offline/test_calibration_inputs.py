@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.offline.faulty import assert_one_sentence, edit_config, edit_tensors
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.calibration import read_calibration
-from vllm_puzzle.offline.calibration_text import first_tokens, load_tokenizer
-from vllm_puzzle.offline.source import SourceCheckpoint
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
+from vllm_puzzle.offline.conversion.calibration import read_calibration
+from vllm_puzzle.offline.conversion.calibration_text import first_tokens, load_tokenizer
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 

@@ -22,8 +22,8 @@ HEAVY = ("torch", "transformers", "vllm", "numpy", "safetensors", "pydantic", "y
 SLOW_CONVERSION = """\
 import sys, time
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.journal import Journal
-from vllm_puzzle.offline.shards import ShardWriter
+from vllm_puzzle.offline.conversion.journal import Journal
+from vllm_puzzle.offline.checkpoints.shards import ShardWriter
 record, write = Journal.record, ShardWriter.write
 def record_slowly(journal, step, result):
     record(journal, step, result)

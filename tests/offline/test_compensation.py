@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vllm_puzzle.offline.compensation import compensate
-from vllm_puzzle.offline.rules import cheapest
+from vllm_puzzle.offline.merging.compensation import compensate
+from vllm_puzzle.offline.merging.rules import cheapest
 
 DAMPING = 0.01
 
@@ -35,7 +35,7 @@ def test_on_correlated_inputs_the_output_changes_far_less_than_without_compensat
 
 def test_inputs_without_correlation_leave_nothing_to_compensate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Powers of two, so that scaling by them is exact and so is the comparison."""
-    monkeypatch.setattr("vllm_puzzle.offline.compensation._DAMPING", 0.0)
+    monkeypatch.setattr("vllm_puzzle.offline.merging.compensation._DAMPING", 0.0)
     weights, _, rows = problem(9, 8)
     energies = torch.tensor([[1.0, 1, 1, 1, 4, 4, 4, 16], [4.0, 16, 1, 4, 1, 1, 4, 1]])
     expected = cheapest(weights.abs(), rows[..., None] * energies[:, None]).signed(weights)
@@ -86,7 +86,7 @@ def test_it_is_the_definition_with_every_remaining_matrix_inverted_anew() -> Non
 def test_blocks_of_columns_do_not_change_the_result(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, moments, rows = problem(6, 23)
     whole = compensate(weights, moments, rows)
-    monkeypatch.setattr("vllm_puzzle.offline.compensation._BLOCK", block)
+    monkeypatch.setattr("vllm_puzzle.offline.merging.compensation._BLOCK", block)
     parts = compensate(weights, moments, rows)
     assert torch.equal(parts != 0, whole != 0)
     torch.testing.assert_close(parts, whole, rtol=2**-6, atol=0)

@@ -12,12 +12,12 @@ from tests.offline.faulty import assert_one_sentence, edit_config
 from tests.offline.planning import SPEED
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.calibration import Calibrator
+from vllm_puzzle.offline.checkpoints.expert_tensors import check_experts
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
+from vllm_puzzle.offline.conversion.calibration import Calibrator
 from vllm_puzzle.offline.errors import CheckpointError
-from vllm_puzzle.offline.experts import check_experts
-from vllm_puzzle.offline.model_sizes import read_model_sizes
-from vllm_puzzle.offline.sizing import size_up
-from vllm_puzzle.offline.source import SourceCheckpoint
+from vllm_puzzle.offline.reports.model_sizes import read_model_sizes
+from vllm_puzzle.offline.reports.sizing import size_up
 
 
 def read(path: Path) -> None:

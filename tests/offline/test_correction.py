@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.offline.small import HIDDEN_SIZE, PackedLayer, merge_layer, slots_of, small_experts, small_tokens
-from vllm_puzzle.offline.correction import OutputCorrection
-from vllm_puzzle.offline.layer import RoutedTokens
-from vllm_puzzle.offline.merging import ElementRule
-from vllm_puzzle.offline.recipe import Recipe
-from vllm_puzzle.offline.statistics import measure
+from vllm_puzzle.offline.merging.correction import OutputCorrection
+from vllm_puzzle.offline.merging.layer import RoutedTokens
+from vllm_puzzle.offline.merging.pair import ElementRule
+from vllm_puzzle.offline.merging.recipe import Recipe
+from vllm_puzzle.offline.merging.saliency import measure
 
 PAIRS = [(0, 3), (1, 2), (4, 5)]
 SALIENCY, COMPENSATED = Recipe("saliency"), Recipe("compensated")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.offline.faulty import assert_refused
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.source import SourceCheckpoint
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 
 # As the format's own documentation lists them.
 BITS = {

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.offline.faulty import EXPERT, assert_refused, edit_config, edit_tensors, snapshot
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.shards import ShardPlan
-from vllm_puzzle.offline.writer import CheckpointWriter
+from vllm_puzzle.offline.checkpoints.shards import ShardPlan
+from vllm_puzzle.offline.checkpoints.writer import CheckpointWriter
 
 
 def shard(source: Path) -> None:

@@ -16,9 +16,9 @@ from tests.offline.test_convert import read_all
 from tests.tiny import NUM_EXPERTS, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import WORD16, LayerSlots, PuzzleMoEQuantizationConfig, parse_packed_name, unpack
-from vllm_puzzle.offline.checkpoint import Checkpoint
-from vllm_puzzle.offline.inspection import Inspection, inspect_checkpoint
-from vllm_puzzle.offline.manifest import MANIFEST_FILE, LayerEntry, Manifest
+from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.manifest import MANIFEST_FILE, LayerEntry, Manifest
+from vllm_puzzle.offline.reports.inspection import Inspection, inspect_checkpoint
 
 NUM_EXPONENTS = 1 << WORD16.exponent_bits
 SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
@@ -255,7 +255,7 @@ def test_reading_is_one_slot_at_a_time_and_progress_ends_at_the_total(
         most = max(most, len(names))
         return read(self, names)
 
-    monkeypatch.setattr("vllm_puzzle.offline.checkpoint.Checkpoint.read", record)
+    monkeypatch.setattr("vllm_puzzle.offline.checkpoints.checkpoint.Checkpoint.read", record)
     steps: list[tuple[int, int]] = []
     inspection = inspect_checkpoint(packed, lambda *step: steps.append(step))
     assert most == 3

@@ -18,8 +18,8 @@ needs_a_mark = pytest.mark.skipif(
 _PROGRAM = """
 import json, sys
 from pathlib import Path
-from vllm_puzzle.offline.convert import convert
-from vllm_puzzle.offline.options import ConvertOptions
+from vllm_puzzle.offline.conversion.convert import convert
+from vllm_puzzle.offline.conversion.options import ConvertOptions
 
 def resident(kind):
     with open("/proc/self/status") as status:

@@ -20,10 +20,10 @@ from tests.offline.small import (
     small_tokens,
 )
 from vllm_puzzle.format import FormatError, unpack
-from vllm_puzzle.offline.compensation import compensate
-from vllm_puzzle.offline.correction import OutputCorrection
-from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.merging import (
+from vllm_puzzle.offline.merging.compensation import compensate
+from vllm_puzzle.offline.merging.correction import OutputCorrection
+from vllm_puzzle.offline.merging.layer import ExpertWeights
+from vllm_puzzle.offline.merging.pair import (
     ElementRule,
     MergeStatistics,
     align_mates,
@@ -31,9 +31,9 @@ from vllm_puzzle.offline.merging import (
     merge_by_compensation,
     pack_members,
 )
-from vllm_puzzle.offline.recipe import Recipe
-from vllm_puzzle.offline.rules import cheapest
-from vllm_puzzle.offline.statistics import InputNorms, measure
+from vllm_puzzle.offline.merging.recipe import Recipe
+from vllm_puzzle.offline.merging.rules import cheapest
+from vllm_puzzle.offline.merging.saliency import InputNorms, measure
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
 elements = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 0.21875, -1.0, 0.4296875, 3.0, -0.0625, 2.0**-15])
@@ -128,7 +128,7 @@ def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch
 
     whole = merge()
     # Neither number of rows is a multiple of the rows that fit.
-    monkeypatch.setattr("vllm_puzzle.offline.merging._ELEMENTS_PER_BLOCK", 75)
+    monkeypatch.setattr("vllm_puzzle.offline.merging.pair._ELEMENTS_PER_BLOCK", 75)
     assert all(torch.equal(part, of_all) for part, of_all in zip(merge(), whole, strict=True))
 
 

@@ -12,8 +12,7 @@ from tests.offline.test_convert import expert_bytes, read_all
 from tests.offline.test_sources import quantize
 from tests.tiny import FAMILIES, add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.format import parse_packed_name
-from vllm_puzzle.offline.checkpoint import INDEX_FILE
+from vllm_puzzle.format import INDEX_FILE, parse_packed_name
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_a_hub_id_is_looked_up_by_two_files(
         asked.append((model, file))
         return str(cached / file)
 
-    monkeypatch.setattr("vllm_puzzle.offline.model_sizes.hf_hub_download", download)
+    monkeypatch.setattr("vllm_puzzle.offline.reports.model_sizes.hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     sizing = planned(capsys, "org/name")
     assert asked == [("org/name", "config.json"), ("org/name", INDEX_FILE)]
@@ -100,7 +99,9 @@ def test_a_hub_id_is_looked_up_by_two_files(
 def test_what_is_no_hub_id_is_not_looked_up(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vllm_puzzle.offline.model_sizes.hf_hub_download", lambda *names: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "vllm_puzzle.offline.reports.model_sizes.hf_hub_download", lambda *names: pytest.fail("asked the hub")
+    )
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(capsys, ["plan", "--", model], f"{model} does not exist", "hub id")
 
@@ -118,7 +119,7 @@ def test_what_the_hub_refuses_is_told_in_one_sentence(
     def refuse(model: str, file: str) -> str:
         raise ConnectionResetError("reset\n\nby peer")
 
-    monkeypatch.setattr("vllm_puzzle.offline.model_sizes.hf_hub_download", refuse)
+    monkeypatch.setattr("vllm_puzzle.offline.reports.model_sizes.hf_hub_download", refuse)
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(capsys, ["plan", "org/name"], "org/name", "reset by peer")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import build_tiny
-from vllm_puzzle.offline.convert import convert
+from vllm_puzzle.offline.checkpoints.families import FAMILIES, MoEShape
+from vllm_puzzle.offline.conversion.convert import convert
+from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, Work, estimate
+from vllm_puzzle.offline.conversion.options import ConvertOptions, choose_recipe
 from vllm_puzzle.offline.errors import CheckpointError
-from vllm_puzzle.offline.estimate import Estimate, Speed, Work, estimate
-from vllm_puzzle.offline.families import FAMILIES, MoEShape
-from vllm_puzzle.offline.options import ConvertOptions, choose_recipe
-from vllm_puzzle.offline.recipe import Recipe
+from vllm_puzzle.offline.merging.recipe import Recipe
 
 TEXT = Path("text")
 
@@ -126,8 +126,8 @@ def test_the_machine_decides_what_is_left_open_and_the_cost_is_said_first(
     source = build_tiny("mixtral", tmp_path / "source")
     (tmp_path / "text").write_text("apples and pears, " * 4)
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr("vllm_puzzle.offline.convert.measure_speed", lambda device: speed)
-    monkeypatch.setattr("vllm_puzzle.offline.estimate.MINUTES_IN_ALL", 1.0)
+    monkeypatch.setattr("vllm_puzzle.offline.conversion.convert.measure_speed", lambda device: speed)
+    monkeypatch.setattr("vllm_puzzle.offline.conversion.estimate.MINUTES_IN_ALL", 1.0)
     sentences: list[str] = []
 
     def report(sentence: str) -> None:

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
-import vllm_puzzle.offline.packing
+import vllm_puzzle.offline.merging.packing
 from tests.offline.test_convert import read_all
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import FormatError
 from vllm_puzzle.kernels.cpu.build import build_packing
-from vllm_puzzle.offline.layer import ExpertWeights
-from vllm_puzzle.offline.merging import ElementRule, MergeStatistics
-from vllm_puzzle.offline.packing import LIBRARY_PATH, is_compiled
+from vllm_puzzle.offline.merging.layer import ExpertWeights
+from vllm_puzzle.offline.merging.packing import LIBRARY_PATH, is_compiled
+from vllm_puzzle.offline.merging.pair import ElementRule, MergeStatistics
 
 NAMES = ["gate", "up", "down"]
 
@@ -27,7 +27,7 @@ NAMES = ["gate", "up", "down"]
 def uncompiled() -> Iterator[None]:
     """As if the library had not been built."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_puzzle.offline.packing, "LIBRARY_PATH", LIBRARY_PATH.with_name("nowhere.so"))
+        patch.setattr(vllm_puzzle.offline.merging.packing, "LIBRARY_PATH", LIBRARY_PATH.with_name("nowhere.so"))
         yield
 
 

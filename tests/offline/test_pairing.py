@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_puzzle.offline.errors import CheckpointError
-from vllm_puzzle.offline.mates import Mates
-from vllm_puzzle.offline.pairing import (
+from vllm_puzzle.offline.conversion.pairing import (
     candidates,
     count_pairs,
     draw_mates,
@@ -19,6 +17,8 @@ from vllm_puzzle.offline.pairing import (
     pair_at_random,
     spend,
 )
+from vllm_puzzle.offline.errors import CheckpointError
+from vllm_puzzle.offline.merging.pair_loss import Mates
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**32))

@@ -16,15 +16,15 @@ from tests.offline.test_calibration import run_whole_model
 from tests.tiny import NUM_EXPERTS, NUM_LAYERS, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import LayerSlots, PuzzleMoEQuantizationConfig
-from vllm_puzzle.offline.calibration import read_calibration
-from vllm_puzzle.offline.checkpoint import Checkpoint
-from vllm_puzzle.offline.convert import convert
-from vllm_puzzle.offline.families import find_moe_shape
-from vllm_puzzle.offline.layer import RoutedTokens
-from vllm_puzzle.offline.layer_merging import MergedLayer, merge_layer
-from vllm_puzzle.offline.mates import Mates, consider
-from vllm_puzzle.offline.options import ConvertOptions
-from vllm_puzzle.offline.pairing import candidates
+from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.families import find_moe_shape
+from vllm_puzzle.offline.conversion.calibration import read_calibration
+from vllm_puzzle.offline.conversion.convert import convert
+from vllm_puzzle.offline.conversion.options import ConvertOptions
+from vllm_puzzle.offline.conversion.pairing import candidates
+from vllm_puzzle.offline.merging.layer import RoutedTokens
+from vllm_puzzle.offline.merging.merge_layer import MergedLayer, merge_layer
+from vllm_puzzle.offline.merging.pair_loss import Mates, consider
 
 BLOCK = "model.layers.{layer}.block_sparse_moe"
 SALIENCY = ["--rule", "saliency", "--no-align"]
@@ -255,8 +255,8 @@ def test_planning_sees_the_tokens_that_merging_sees(
         merged.append(arguments[6])
         return merge_layer(*arguments, **named)
 
-    monkeypatch.setattr("vllm_puzzle.offline.plan.consider", record_plan)
-    monkeypatch.setattr("vllm_puzzle.offline.units.merge_layer", record_merging)
+    monkeypatch.setattr("vllm_puzzle.offline.conversion.choose_pairs.consider", record_plan)
+    monkeypatch.setattr("vllm_puzzle.offline.conversion.units.merge_layer", record_merging)
     converted(source, tmp_path / "packed", "--calibration", str(text), *SALIENCY, "--pairing", "loss")
     checkpoint = Checkpoint(source)
     token_ids, _ = read_calibration(text, checkpoint, checkpoint.config, 128)

@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 
 from tests.offline.faulty import edit_tensors, snapshot
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.ray_pool import RayPool
+from vllm_puzzle.offline.conversion.ray import RayPool
 
 
 @pytest.fixture(scope="module")

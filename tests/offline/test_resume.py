@@ -12,7 +12,7 @@ import pytest
 from tests.offline.faulty import edit_config, edit_tensors, snapshot
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.shards import ShardWriter
+from vllm_puzzle.offline.checkpoints.shards import ShardWriter
 
 BLIND = ["--rule", "paper"]
 RECIPES = [
@@ -165,7 +165,9 @@ def test_a_torn_line_of_the_journal_does_not_count(
 def test_a_process_that_is_killed_leaves_what_can_be_gone_on_with(source: Path, tmp_path: Path) -> None:
     """Nothing cleans up after SIGKILL; meanwhile no other run may write there."""
     program = (
-        "import sys, time; from vllm_puzzle.cli import main; from vllm_puzzle.offline.shards import ShardWriter\n"
+        "import sys, time\n"
+        "from vllm_puzzle.cli import main\n"
+        "from vllm_puzzle.offline.checkpoints.shards import ShardWriter\n"
         "put, count = ShardWriter._put, [0]\n"
         "def slowly(writer, content):\n"
         "    put(writer, content); count[0] += 1\n"

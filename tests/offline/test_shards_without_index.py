@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.offline.faulty import assert_refused, snapshot
 from tests.offline.planning import planned
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.checkpoint import INDEX_FILE
+from vllm_puzzle.format import INDEX_FILE
 
 
 def split(source: Path, *files: str) -> None:

@@ -17,11 +17,11 @@ from tests.offline.planning import SPEED, planned
 from tests.offline.test_convert import read_all
 from tests.tiny import FAMILIES, HIDDEN_SIZE, build_tiny, by_expert
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.estimate import Estimate, Speed, Work, estimate
-from vllm_puzzle.offline.families import find_moe_shape
-from vllm_puzzle.offline.model_sizes import ModelSizes, read_model_sizes
-from vllm_puzzle.offline.sizing import CARDS_MIB, kv_bytes_per_token, size_up, splits
-from vllm_puzzle.offline.sizing_report import describe_sizing
+from vllm_puzzle.offline.checkpoints.families import find_moe_shape
+from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, Work, estimate
+from vllm_puzzle.offline.reports.model_sizes import ModelSizes, read_model_sizes
+from vllm_puzzle.offline.reports.sizing import CARDS_MIB, kv_bytes_per_token, size_up, splits
+from vllm_puzzle.offline.reports.sizing_report import describe_sizing
 from vllm_puzzle.offline.wording import size
 
 
@@ -182,7 +182,7 @@ def test_what_is_dense_is_what_lies_in_layers(family: str, tmp_path: Path, monke
         works.append(work)
         return estimate(recipe, work, speed)
 
-    monkeypatch.setattr("vllm_puzzle.offline.sizing.estimate", record)
+    monkeypatch.setattr("vllm_puzzle.offline.reports.sizing.estimate", record)
     source = build_tiny(family, tmp_path / "source")
     size_up(read_model_sizes(str(source)), 50, None, 0.9, SPEED)
     dense = sum(

@@ -13,7 +13,7 @@ from tests.offline.faulty import assert_refused, edit_config, edit_tensors
 from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, NUM_EXPERTS, add_mtp_layer, build_tiny, by_expert
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import parse_packed_name
-from vllm_puzzle.offline.source import SourceCheckpoint
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 
 # Neither divides 96 or 40.
 BLOCK = (36, 28)

@@ -16,11 +16,11 @@ from tests.offline.small import (
     small_experts,
     small_tokens,
 )
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.mates import consider
-from vllm_puzzle.offline.pairing import candidates, match
-from vllm_puzzle.offline.recipe import Recipe
-from vllm_puzzle.offline.statistics import input_norms, measure
+from vllm_puzzle.offline.conversion.pairing import candidates, match
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.pair_loss import consider
+from vllm_puzzle.offline.merging.recipe import Recipe
+from vllm_puzzle.offline.merging.saliency import input_norms, measure
 
 FIELDS = ("hidden", "intermediate", "gate_rows", "up_rows")
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import vllm_puzzle.versions
+import vllm_puzzle.plugin.versions
 from tests.plugin.engine import running
 from tests.tiny import build_tiny
 from vllm_puzzle.format import FormatError, LayerSlots
 from vllm_puzzle.kernels import EngineError
-from vllm_puzzle.loader import PackedExpertLoader
 from vllm_puzzle.plugin import register
+from vllm_puzzle.plugin.loader import PackedExpertLoader
 
 SHARD = "model-00003-of-00004.safetensors"
 
@@ -189,7 +189,7 @@ LAYER_FEATURES: dict[str, tuple[Callable[[Any], None], str]] = {
 
 def change_layers(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
     """Applies `change` to every layer of experts before the method is made for it."""
-    from vllm_puzzle.config import PuzzleMoEConfig
+    from vllm_puzzle.plugin.config import PuzzleMoEConfig
 
     original = PuzzleMoEConfig.get_quant_method
 
@@ -226,7 +226,7 @@ def test_what_dispatches_without_such_kernels_is_built(
     def build(self: Any, layer: Any, *arguments: Any, **options: Any) -> None:
         raise BuiltError
 
-    monkeypatch.setattr("vllm_puzzle.moe_method.PuzzleMoEMethod.create_weights", build)
+    monkeypatch.setattr("vllm_puzzle.plugin.method.PuzzleMoEMethod.create_weights", build)
     change_layers(monkeypatch, lambda layer: set_parallel(layer, **settings))
     with pytest.raises(BuiltError), running(packed):
         pass
@@ -342,8 +342,8 @@ def test_an_unsupported_vllm_is_told_and_left_alone(
     with caplog.at_level(logging.ERROR):
         register()
     assert "found 0.31.2; install 'vllm-puzzle[cuda]'" in caplog.text
-    with pytest.raises(vllm_puzzle.versions.UnsupportedVLLMError):
-        vllm_puzzle.versions.check_vllm()
+    with pytest.raises(vllm_puzzle.plugin.versions.UnsupportedVLLMError):
+        vllm_puzzle.plugin.versions.check_vllm()
 
 
 def run(program: str) -> "subprocess.CompletedProcess[str]":
@@ -362,5 +362,5 @@ def test_importing_the_package_is_free() -> None:
         "import sys, vllm_puzzle; print([m for m in ('vllm', 'triton', 'torch', 'transformers') if m in sys.modules])"
     )
     assert run(heavy).stdout == "[]\n"
-    offline = "import sys, vllm_puzzle.offline.convert; print('vllm' in sys.modules)"
+    offline = "import sys, vllm_puzzle.offline.conversion.convert; print('vllm' in sys.modules)"
     assert run(offline).stdout == "False\n"

@@ -14,8 +14,8 @@ from vllm.transformers_utils.config import get_config
 from tests.plugin.engine import running
 from tests.tiny import FAMILIES, add_mtp_layer, build_tiny, first_of_each_kind, remove_tensors
 from vllm_puzzle.cli import main
-from vllm_puzzle.config import PuzzleMoEConfig
 from vllm_puzzle.format import FormatError
+from vllm_puzzle.plugin.config import PuzzleMoEConfig
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00003-of-00004.safetensors"

@@ -1,6 +1,6 @@
 """The packed-expert format: bit layout, words, slots, names and the schema of `quantization_config`.
 
-Torch and pydantic only, but for `model_tensors`; `docs/format.md` is its specification in prose.
+Torch and pydantic only; `docs/format.md` is its specification in prose.
 """
 
 from .layout import WORD16, FormatError, WordLayout, word_layout
@@ -11,14 +11,18 @@ from .schema import (
     Calibration,
     Provenance,
     PuzzleMoEQuantizationConfig,
+    is_packed,
     packed_config,
     plain_config,
 )
 from .slots import LayerSlots, default_max_expert_parallel
-from .words import find_invalid_word, nearest_magnitude, pack, pack_single, unpack
+from .strict import Strict
+from .weight_map import INDEX_FILE, parse_weight_map
+from .words import check_storable, find_invalid_word, nearest_magnitude, pack, pack_single, unpack
 
 __all__ = [
     "FORMAT_VERSION",
+    "INDEX_FILE",
     "PACKED_SUFFIX",
     "QUANT_METHOD",
     "WORD16",
@@ -27,11 +31,14 @@ __all__ = [
     "LayerSlots",
     "Provenance",
     "PuzzleMoEQuantizationConfig",
+    "Strict",
     "WordLayout",
     "check_packed_names",
+    "check_storable",
     "default_max_expert_parallel",
     "find_invalid_word",
     "is_outside",
+    "is_packed",
     "layer_index",
     "nearest_magnitude",
     "pack",
@@ -39,6 +46,7 @@ __all__ = [
     "packed_config",
     "packed_name",
     "parse_packed_name",
+    "parse_weight_map",
     "plain_config",
     "unpack",
     "word_layout",

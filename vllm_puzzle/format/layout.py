@@ -40,6 +40,11 @@ class WordLayout:
         return {16: torch.int16}[self.bits]
 
     @property
+    def safetensors_dtype(self) -> str:
+        """The same in safetensors' spelling."""
+        return {16: "I16"}[self.bits]
+
+    @property
     def magnitude_mask(self) -> int:
         """The bits of exponent and mantissa."""
         return (1 << (self.exponent_bits + self.mantissa_bits)) - 1

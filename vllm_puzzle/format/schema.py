@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .layout import FormatError
 from .slots import LayerSlots
+from .strict import Strict
 
 QUANT_METHOD: Literal["puzzlemoe"] = "puzzlemoe"
 FORMAT_VERSION: Literal[1] = 1
@@ -17,11 +18,7 @@ _EXPERTS_KEY = "experts_implementation"
 _SECTION_KEY = "quantization_config"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     """The text whose activations weighed the experts against each other."""
 
     source: str
@@ -30,7 +27,7 @@ class Calibration(_Strict):
     sequence_length: int = Field(gt=0)
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """How the checkpoint was made; nothing here changes how it is read. `tau` is that of the rule `paper`."""
 
     rule: str
@@ -44,7 +41,7 @@ class Provenance(_Strict):
     tool_version: str
 
 
-class PuzzleMoEQuantizationConfig(_Strict):
+class PuzzleMoEQuantizationConfig(Strict):
     """`quantization_config` of format version 1; every rule that spans fields is checked on write and on load."""
 
     quant_method: Literal["puzzlemoe"] = QUANT_METHOD
@@ -99,6 +96,12 @@ class PuzzleMoEQuantizationConfig(_Strict):
     def layer(self, index: int) -> LayerSlots | None:
         """The slots of decoder layer `index`, None where it has no packed experts."""
         return next((layer for layer in self.layers if layer.layer == index), None)
+
+
+def is_packed(config: Any) -> bool:
+    """Whether what a config.json holds is the config of a packed checkpoint."""
+    quantization = config.get(_SECTION_KEY) if isinstance(config, Mapping) else None
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def packed_config(plain: Mapping[str, Any], quantization: PuzzleMoEQuantizationConfig) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 from collections.abc import Collection
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from .layout import FormatError
+from .strict import Strict
 
 
-class LayerSlots(BaseModel):
+class LayerSlots(Strict):
     """The experts of one MoE layer in slot order.
 
     The first `2 * pairs` ids are pairs (members 0 and 1 of slots 0, 1, ...), the rest are alone in their slots.
     """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     layer: int
     experts: list[int]

@@ -37,6 +37,20 @@ def nearest_magnitude(magnitude: torch.Tensor, layout: WordLayout = WORD16, name
     return (bits.clamp(min=layout.rebias + (1 << layout.mantissa_bits)) & ~dropped).view(torch.bfloat16)
 
 
+def check_storable(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    """Raises FormatError for the first element that no packed word can hold; names its tensor and index.
+
+    Left to packing, such an element could hide behind its mate's, or be reported at a place in the merged matrix.
+
+    Args:
+        matrices: of one expert; `names` are theirs.
+    """
+    for matrix, name in zip(matrices, names, strict=True):
+        low, high = torch.aminmax(matrix)
+        if not max(-low.item(), high.item()) <= WORD16.largest:
+            nearest_magnitude(matrix, name=name)
+
+
 def pack(
     magnitude: torch.Tensor,
     masks: Sequence[torch.Tensor],

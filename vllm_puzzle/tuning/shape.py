@@ -36,7 +36,7 @@ def read_shape(packed: Path) -> tuple[MoEShape, str]:
     """
     from transformers import AutoConfig
 
-    from vllm_puzzle.format import QUANT_METHOD, FormatError, PuzzleMoEQuantizationConfig
+    from vllm_puzzle.format import FormatError, PuzzleMoEQuantizationConfig, is_packed
 
     path = packed / "config.json"
     try:
@@ -45,10 +45,9 @@ def read_shape(packed: Path) -> tuple[MoEShape, str]:
         raise FormatError(f"{path} cannot be read: {error.strerror}; give the folder that convert wrote") from None
     except ValueError as error:
         raise FormatError(f"{path} is not JSON: {error}; copy or convert the checkpoint again") from None
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+    if not is_packed(config):
         raise FormatError(f"{path} is not that of a packed checkpoint; give the folder that convert wrote")
-    sizes = PuzzleMoEQuantizationConfig.parse(quantization, f"{path}: quantization_config")
+    sizes = PuzzleMoEQuantizationConfig.parse(config["quantization_config"], f"{path}: quantization_config")
     try:
         text = AutoConfig.from_pretrained(packed, trust_remote_code=False, local_files_only=True).get_text_config()
         top_k = int(text.num_experts_per_tok)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 # Bounds the outputs of all experts that are in memory at once.
 _ELEMENTS_AT_ONCE = 1 << 24

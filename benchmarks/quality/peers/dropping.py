@@ -2,7 +2,7 @@
 
 import random
 
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 from .base import CompressedLayer, half, highest, in_float32, own_tokens, token_counts
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 from .base import CompressedLayer, LoggedTokens, half, highest, in_float32, token_counts
 from .clustering import cluster_by_cosine, cluster_by_mean_output

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 from .base import CompressedLayer, in_float32, own_tokens
 

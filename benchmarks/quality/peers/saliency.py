@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 from vllm_puzzle.format import default_max_expert_parallel
-from vllm_puzzle.offline.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.pairing import draw_mates
-from vllm_puzzle.offline.rules import paper_rule
+from vllm_puzzle.offline.conversion.pairing import draw_mates
+from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.rules import paper_rule
 
 from .base import CompressedLayer, in_float32
 

@@ -114,5 +114,5 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     build_library(_HERE / LIBRARY_NAME)
-    offline = _HERE.parents[2] / "offline"
-    build_packing(offline / "packing.cpp", offline / PACKING_NAME)
+    merging = _HERE.parents[1] / "offline" / "merging"
+    build_packing(merging / "packing.cpp", merging / PACKING_NAME)

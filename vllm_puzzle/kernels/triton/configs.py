@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from ...format import Strict
 from ..errors import EngineError
 from .target import Target
 
@@ -33,10 +34,8 @@ def _is_power_of_two(value: int) -> int:
 PowerOfTwo = Annotated[int, AfterValidator(_is_power_of_two)]
 
 
-class Product(BaseModel):
+class Product(Strict):
     """How one of the two products is cut; see `tiles.Tile`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     block_rows: Annotated[PowerOfTwo, Field(ge=16)]
     block_k: Annotated[PowerOfTwo, Field(ge=16)]
@@ -47,10 +46,8 @@ class Product(BaseModel):
     """How many programs fit a multiprocessor at once; sums are split until there are so many."""
 
 
-class Config(BaseModel):
+class Config(Strict):
     """How one call is cut; see `tiles.Tile`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     members: Literal[1, 2]
     block_tokens: Annotated[PowerOfTwo, Field(ge=8)]

@@ -1,0 +1,150 @@
+"""The commands that write a checkpoint: `vllm-puzzle convert | unpack`."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from vllm_puzzle.cli.config_file import add_config
+from vllm_puzzle.cli.output import add_json, progress_bar, say, tell
+from vllm_puzzle.offline.defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE, SEQUENCE_LENGTH
+from vllm_puzzle.offline.merging.recipe import PAIRINGS, RULES
+from vllm_puzzle.offline.wording import size
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Packs the experts of a Mixture-of-Experts checkpoint in pairs."
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+    parser.add_argument(
+        "--calibration",
+        default="none",
+        metavar="FILE|none",
+        help="UTF-8 text to weigh the experts on; 'none' (the default) weighs by the weights' magnitudes alone",
+    )
+    parser.add_argument(
+        "--calibration-sequences",
+        type=int,
+        default=DEFAULT_SEQUENCES,
+        metavar="N",
+        help=f"read at most N sequences of {SEQUENCE_LENGTH} tokens from it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        help="how mates are merged (default: compensated where the machine does it in an hour a billion weights, "
+        "saliency elsewhere and without calibration)",
+    )
+    parser.add_argument(
+        "--align",
+        action=argparse.BooleanOptionalAction,
+        help="put mates' neurons in the order that merges best (default: as for --rule; never with paper)",
+    )
+    parser.add_argument(
+        "--pairing",
+        default="random",
+        choices=PAIRINGS,
+        help="mates at random, of least estimated loss, or that fire on the same tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tau",
+        type=float,
+        default=0.4,
+        help="for the rule paper: the largest relative difference of magnitudes that are shared (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compression",
+        type=float,
+        default=50.0,
+        metavar="PERCENT",
+        help="how much smaller the experts become, 0 to 50, spent where it is estimated to cost least "
+        "(default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-expert-parallel",
+        type=int,
+        metavar="N",
+        help="mates stay on one rank up to N expert-parallel ranks (default: the largest power of two up to 8 "
+        "that leaves even blocks of at least 4 experts)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random pairing (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: %(default)s)")
+    parser.add_argument(
+        "--shard-size",
+        type=_size,
+        default=DEFAULT_SHARD_SIZE,
+        metavar="SIZE",
+        help=f"of the largest file, as 500MB; no file holds two layers (default: {DEFAULT_SHARD_SIZE // 10**9}GB)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="layers at once, each in a process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="merge them on this Ray cluster, which shares the file system ('auto': the one of this machine)",
+    )
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted conversion to DEST")
+    add_config(parser)
+    add_json(parser, path="destination")
+    parser.set_defaults(interrupted="nothing was written")
+
+
+def _size(text: str) -> int:
+    """Bytes, from a number with a unit of 1000s."""
+    number = text.upper().removesuffix("B")
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:])
+    try:
+        return int(float(number[:-1]) * factor) if factor else int(number)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB or 500MB") from None
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from vllm_puzzle.offline.conversion.convert import convert as convert_checkpoint
+    from vllm_puzzle.offline.conversion.options import ConvertOptions
+
+    options = ConvertOptions(
+        calibration=None if arguments.calibration == "none" else Path(arguments.calibration),
+        calibration_sequences=arguments.calibration_sequences,
+        rule=arguments.rule,
+        tau=arguments.tau,
+        align=arguments.align,
+        pairing=arguments.pairing,
+        compression=arguments.compression,
+        max_expert_parallel=arguments.max_expert_parallel,
+        seed=arguments.seed,
+        device=arguments.device,
+        shard_size=arguments.shard_size,
+        jobs=arguments.jobs,
+        ray=arguments.ray,
+    )
+    with progress_bar("converting") as progress:
+        result = convert_checkpoint(arguments.source, arguments.destination, options, say, progress, arguments.resume)
+    tell(
+        arguments,
+        asdict(result),
+        f"{arguments.destination}: experts {size(result.expert_bytes_before)} -> {size(result.expert_bytes_after)}, "
+        f"checkpoint {size(result.checkpoint_bytes_before)} -> {size(result.checkpoint_bytes_after)}, "
+        f"relative error of merged weights {result.relative_error:.4f}",
+    )
+
+
+def add_unpack(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Writes a packed checkpoint back as a plain BF16 checkpoint."
+    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+    add_json(parser, path="destination")
+    parser.set_defaults(interrupted="nothing was written; unpacking starts from the beginning")
+
+
+def unpack(arguments: argparse.Namespace) -> None:
+    from vllm_puzzle.offline.unpack import unpack_checkpoint
+
+    with progress_bar("unpacking") as progress:
+        result = unpack_checkpoint(arguments.packed, arguments.destination, progress)
+    tell(
+        arguments,
+        asdict(result),
+        f"{arguments.destination}: every expert in BF16, in the layout of the hub, checkpoint "
+        f"{size(result.checkpoint_bytes_before)} -> {size(result.checkpoint_bytes_after)}",
+    )

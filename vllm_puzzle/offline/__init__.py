@@ -1,0 +1,1 @@
+"""Source checkpoint in, packed checkpoint out. Needs no vLLM."""

@@ -1,0 +1,108 @@
+"""Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+
+from vllm_puzzle.format import FormatError, check_storable
+
+from ..errors import CheckpointError
+from ..merging.layer import Activation, ExpertWeights
+from .checkpoint import FLOATING_DTYPES, Checkpoint
+from .families import MoEShape
+
+
+def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
+    """The name and shape of every expert matrix that the config promises."""
+    return dict(_promised(shape))
+
+
+def _promised(shape: MoEShape) -> Iterator[tuple[str, tuple[int, int]]]:
+    for layer in shape.moe_layers:
+        for expert in range(shape.num_experts):
+            for projection in shape.family.projections:
+                yield shape.expert_name(layer, expert, projection), shape.projection_shape(projection)
+
+
+def layer_names(shape: MoEShape, layer: int) -> list[list[str]]:
+    """The names on disk of gate, up and down of every expert of a layer."""
+    return [shape.expert_names(layer, expert) for expert in range(shape.num_experts)]
+
+
+def layer_experts(
+    shape: MoEShape, layer: int, tensors: Mapping[str, torch.Tensor], activation: Activation, device: torch.device
+) -> ExpertWeights:
+    """A layer's experts, out of all that the checkpoint holds for it by name on disk."""
+    matrices = [[tensors[name].to(device) for name in names] for names in layer_names(shape, layer)]
+    gate, up, down = (list(kind) for kind in zip(*matrices, strict=True))
+    return ExpertWeights(gate, up, down, activation)
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """A layer's experts, each read whenever tokens are run through it and not kept."""
+
+    checkpoint: Checkpoint
+    shape: MoEShape
+    layer: int
+    activation: Activation
+    device: torch.device
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+    def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Experts`; raises CheckpointError where a tensor cannot be read, or an element has no word."""
+        tensors = self.checkpoint.read(self.shape.expert_names(self.layer, expert))
+        matrices = tensors.values()
+        try:
+            check_storable(list(matrices), list(tensors))
+        except FormatError as error:
+            raise CheckpointError(str(error)) from None
+        gate, up, down = ([matrix.to(self.device)] for matrix in matrices)
+        return ExpertWeights(gate, up, down, self.activation).output(0, hidden)
+
+
+def fuse_experts(shape: MoEShape, layer: int, tensors: MutableMapping[str, torch.Tensor]) -> None:
+    """Puts a layer's matrices into three-dimensional tensors, where the family is published so and tools expect it."""
+    if not shape.family.hub_is_fused:
+        return
+    fused = shape.family.fused[0]
+    gate, up, down = zip(*([tensors.pop(name) for name in names] for names in layer_names(shape, layer)), strict=True)
+    gate_up = torch.stack([torch.cat(rows) for rows in zip(gate, up, strict=True)])
+    for name, whole in ((fused.gate_up, gate_up), (fused.down, torch.stack(down))):
+        tensors[shape.block_prefix(layer) + name] = whole.mT if fused.transposed else whole
+
+
+def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
+    """Raises CheckpointError for the first expert tensor that is missing, misshapen, unexpected or of a wrong dtype."""
+    # One at a time: a number of experts that is far too large is found at the first tensor that is not there.
+    for name, size in _promised(shape):
+        _check_tensor(checkpoint, name, size)
+    expected = expected_experts(shape)
+    for name in sorted(checkpoint.tensors):
+        if name not in expected and ".experts." in name and not shape.is_mtp(name):
+            raise CheckpointError(
+                f"{checkpoint.path}: nothing is known of expert tensor {name}; {shape.family.architecture} experts are "
+                f"2-D tensors named like {next(iter(expected))}"
+            )
+
+
+def _check_tensor(checkpoint: Checkpoint, name: str, size: tuple[int, int]) -> None:
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: expert tensor {name} is missing, though config.json implies it; one of them is of "
+            f"another checkpoint, so {checkpoint.remedy}"
+        )
+    if info.shape != size:
+        raise CheckpointError(
+            f"{checkpoint.path / info.shard}: {name} has shape {list(info.shape)}, config.json implies {list(size)}"
+        )
+    if info.dtype not in FLOATING_DTYPES:
+        raise CheckpointError(
+            f"{checkpoint.path / info.shard}: {name} is {info.dtype}; experts must be one of {list(FLOATING_DTYPES)}, "
+            f"so dequantize the checkpoint first"
+        )

@@ -1,0 +1,89 @@
+"""config.json, as it stands and as transformers reads it."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import CheckpointError, reason_of
+
+# transformers makes lists as long as these, before it checks anything.
+_COUNTS = ("num_hidden_layers", "num_labels")
+_MOST = 10_000
+
+# Up to here every integer is a float of the same value.
+_LARGEST_EXACT = 1 << 53
+
+
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """The object in config.json of a folder, with floats where it has integers for what transformers wants as a float.
+
+    transformers refuses `"router_aux_loss_coef": 0`, and vLLM reads configs by transformers.
+
+    Raises:
+        CheckpointError: no file, or no JSON object.
+    """
+    return _with_floats(read_json(path / "config.json"))
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The same as transformers reads it, so with the defaults that it leaves out; runs no remote code.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    raw, where = read_json(path / "config.json"), path / "config.json"
+    for name in _COUNTS:
+        count = raw.get(name)
+        if isinstance(count, int | float) and count > _MOST:
+            raise CheckpointError(f"{where} has {name} {count}, more than any model's {_MOST}; correct it")
+    known = _config_class(raw)
+    try:
+        # For a type of model that it does not know transformers says so itself.
+        if known is None:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        content, _ = PretrainedConfig.get_config_dict(path, local_files_only=True)
+        return known.from_dict(_with_floats(content))
+    except Exception as error:
+        # Every model has a class of its own there, which checks and computes: it fails with whatever its code meets.
+        raise CheckpointError(f"transformers cannot read {where}: {reason_of(error)}; correct it") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises CheckpointError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; give the folder of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__} where an object is expected")
+    return content
+
+
+def _with_floats(raw: dict[str, Any]) -> dict[str, Any]:
+    known = _config_class(raw)
+    if known is None:
+        return raw
+    floats = {field.name for field in fields(known) if _is_float(field.type)}
+
+    def with_float(name: str, value: Any) -> Any:
+        is_float = known.attribute_map.get(name, name) in floats
+        return float(value) if is_float and type(value) is int and abs(value) <= _LARGEST_EXACT else value
+
+    return {name: with_float(name, value) for name, value in raw.items()}
+
+
+def _config_class(raw: dict[str, Any]) -> Any:
+    """transformers' class for a config, None where it has none."""
+    model_type = raw.get("model_type")
+    return CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
+
+
+def _is_float(kind: Any) -> bool:
+    kinds = get_args(kind) or (kind,)
+    return float in kinds and int not in kinds

@@ -1,0 +1,119 @@
+"""What can be asked of a conversion, and what it means where it is left open."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE
+from ..errors import CheckpointError
+from ..merging.recipe import PAIRINGS, RULES, Recipe
+from .estimate import Estimate
+
+# From the one that loses least to the one that asks for least.
+_DEFAULTS = (("compensated", True), ("compensated", False), ("saliency", True), ("saliency", False))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """`jobs` units at once; by the Ray cluster at `ray`, its address, or by processes of this machine."""
+
+    jobs: int
+    ray: str | None = None
+
+    @property
+    def are_others(self) -> bool:
+        """Whether any other process works than this one."""
+        return self.jobs > 1 or self.ray is not None
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the command line's options of the same names say.
+
+    `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone;
+    `rule` and `align` None take the best that the machine can do in the time that `estimate` allows. `shard_size` is in
+    bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change nothing
+    that is written.
+    """
+
+    calibration: Path | None = None
+    calibration_sequences: int = DEFAULT_SEQUENCES
+    rule: str | None = None
+    tau: float = 0.4
+    align: bool | None = None
+    pairing: str = "random"
+    compression: float = 50.0
+    max_expert_parallel: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    shard_size: int = DEFAULT_SHARD_SIZE
+    jobs: int = 1
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule is not None and self.rule not in RULES:
+            raise CheckpointError(f"--rule {self.rule} is not known; choose one of {list(RULES)}")
+        if self.pairing not in PAIRINGS:
+            raise CheckpointError(f"--pairing {self.pairing} is not known; choose one of {list(PAIRINGS)}")
+        if not 0 <= self.tau <= 1:
+            raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses 0.4 for every model")
+        if not 0 <= self.compression <= 50:
+            raise CheckpointError(
+                f"--compression {self.compression:g} is outside 0 to 50; a pair takes the place of one expert, "
+                f"so 50 is the most"
+            )
+        if self.calibration_sequences < 1:
+            raise CheckpointError(f"--calibration-sequences {self.calibration_sequences} is not at least 1")
+        if self.max_expert_parallel is not None and self.max_expert_parallel < 1:
+            raise CheckpointError(f"--max-expert-parallel {self.max_expert_parallel} is not at least 1")
+        if self.shard_size < 1:
+            raise CheckpointError(f"--shard-size {self.shard_size} is not at least 1 byte")
+        if self.jobs < 1:
+            raise CheckpointError(f"--jobs {self.jobs} is not at least 1")
+        if self.workers.are_others and self.rule == "compensated":
+            option = f"--jobs {self.jobs}" if self.ray is None else f"--ray {self.ray}"
+            raise CheckpointError(
+                f"{option} with --rule compensated: there each layer makes up for those before it, so they are merged "
+                f"one after the other; leave out {option.split()[0]} or choose another rule"
+            )
+        if self.rule == "paper" and self.align:
+            raise CheckpointError("--rule paper merges neurons as they stand; leave out --align or choose another rule")
+        if self.calibration is None:
+            for option, value, what in (
+                ("--rule", self.rule, "compensated"),
+                ("--pairing", self.pairing, "coactivation"),
+            ):
+                if value == what:
+                    raise CheckpointError(f"{option} {what} needs to see tokens; give --calibration FILE")
+
+    @property
+    def workers(self) -> Workers:
+        """Who merges the layers."""
+        return Workers(self.jobs, self.ray)
+
+    def torch_device(self) -> torch.device:
+        """Raises CheckpointError where this machine has no such device."""
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise CheckpointError(f"--device {self.device} is no device of torch; give cpu or cuda") from None
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+            raise CheckpointError(f"--device {self.device}: this torch sees no such device; give cpu")
+        return device
+
+    def recipes(self) -> list[Recipe]:
+        """Those that the options leave open, the best one first."""
+        if self.rule == "paper":
+            return [Recipe("paper", pairing=self.pairing, tau=self.tau)]
+        return [
+            Recipe(rule, align, self.pairing, self.tau)
+            for rule, align in _DEFAULTS
+            if self.rule in (None, rule) and self.align in (None, align)
+            if rule != "compensated" or (self.calibration is not None and not self.workers.are_others)
+        ]
+
+
+def choose_recipe(estimates: list[tuple[Recipe, Estimate]]) -> tuple[Recipe, Estimate]:
+    """The first that takes a reasonable time; the last one where none does."""
+    return next((each for each in estimates if each[1].is_reasonable), estimates[-1])

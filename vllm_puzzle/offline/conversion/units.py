@@ -1,0 +1,179 @@
+"""What a conversion is made of: units that are written alone, each to shards of its own, in any order or process."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_puzzle.format import WORD16, FormatError, LayerSlots, packed_name, unpack
+
+from ..checkpoints.checkpoint import SourceHash
+from ..checkpoints.expert_tensors import layer_names
+from ..checkpoints.manifest import LayerEntry, ShardEntry
+from ..checkpoints.shards import Planned, ShardPlan, ShardWriter, plan_shards
+from ..errors import CheckpointError
+from ..merging.layer import ExpertWeights, RoutedTokens
+from ..merging.merge_layer import merge_layer
+from ..merging.pair import MergeStatistics
+from ..merging.pair_loss import Mates
+from .job import Job
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A decoder layer, or all tensors of no layer: `slots` of an MoE layer, the files it becomes."""
+
+    layer: int | None
+    slots: LayerSlots | None
+    shards: tuple[ShardPlan, ...]
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What calibration knows of a layer: see `merge_layer`."""
+
+    routed: RoutedTokens
+    energy: float
+    lacking: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What merging did to one layer; `mates` is empty where nothing was estimated."""
+
+    slots: LayerSlots
+    statistics: MergeStatistics
+    mates: list[Mates]
+
+    def to_manifest(self) -> LayerEntry:
+        return LayerEntry(
+            layer=self.slots.layer,
+            pairs=self.slots.pairs,
+            estimated_loss=sum(each.loss for each in self.mates) if self.mates else None,
+            coactivation=sum(each.coactivation for each in self.mates) / len(self.mates) if self.mates else None,
+            shared_fraction=self.statistics.shared_fraction,
+            kept_fraction=self.statistics.kept_fraction,
+            relative_error=self.statistics.relative_error,
+        )
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What was written, the lines of `SourceHash` of what was read, and what merging did."""
+
+    shards: list[ShardEntry]
+    source: list[str]
+    report: LayerReport | None
+
+    def to_json(self) -> dict[str, Any]:
+        report = self.report and {
+            "slots": self.report.slots.model_dump(),
+            "statistics": asdict(self.report.statistics),
+            "mates": [asdict(mates) for mates in self.report.mates],
+        }
+        return {"shards": [entry.model_dump() for entry in self.shards], "source": self.source, "report": report}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "UnitResult":
+        report = content["report"]
+        if report is not None:
+            report = LayerReport(
+                LayerSlots(**report["slots"]), MergeStatistics(**report["statistics"]), mates_from_json(report["mates"])
+            )
+        return cls([ShardEntry(**entry) for entry in content["shards"]], content["source"], report)
+
+
+def mates_from_json(content: list[dict[str, Any]]) -> list[Mates]:
+    """What `asdict` made of them."""
+    return [Mates(tuple(each["experts"]), each["loss"], each["coactivation"]) for each in content]
+
+
+def plan_units(job: Job, slots: Mapping[int, LayerSlots], shard_size: int) -> list[Unit]:
+    """Every unit, tensors of no layer first; `shard_size` as in `plan_shards`."""
+    layers = list(job.names)
+    groups = [list(_plan(job, layer, slots.get(layer) if layer is not None else None)) for layer in layers]
+    shards = plan_shards(groups, shard_size)
+    return [
+        Unit(layer, slots.get(layer) if layer is not None else None, tuple(files))
+        for layer, files in zip(layers, shards, strict=True)
+    ]
+
+
+def _plan(job: Job, layer: int | None, slots: LayerSlots | None) -> Iterator[Planned]:
+    """A unit's tensors in the order in which they are written: what is copied, and then slot after slot."""
+    shape = job.shape
+    copied = [Planned.copy_of(name, job.checkpoint.tensors[name]) for name in job.names_beside_experts(layer)]
+    # The widest elements first, so that all lie at multiples of their size.
+    yield from sorted(copied, key=lambda planned: (-planned.element_bytes, planned.name))
+    if layer is None or slots is None:
+        return
+    for slot in range(slots.num_slots):
+        for projection in shape.family.projections:
+            name = packed_name(shape.experts_prefix(layer), slots.members(slot)[0], projection)
+            size = shape.projection_shape(projection)
+            yield Planned(name, WORD16.safetensors_dtype, size, 2 * size[0] * size[1])
+
+
+@torch.inference_mode()
+def write_unit(
+    job: Job, unit: Unit, directory: Path, tokens: LayerTokens | None, merged: ExpertWeights | None = None
+) -> UnitResult:
+    """Merges, packs and writes a unit.
+
+    Args:
+        merged: where the experts are put as a reader finds them, if anybody wants them.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or an element has no word; names tensor and index.
+        OSError: the disk is full or cannot be written.
+    """
+    source = SourceHash()
+
+    def read(names: Iterable[str]) -> list[torch.Tensor]:
+        tensors = job.checkpoint.read(names)
+        for name, tensor in tensors.items():
+            source.add(name, tensor)
+        return list(tensors.values())
+
+    copied = set(job.names_beside_experts(unit.layer))
+    with ShardWriter(directory, unit.shards) as writer:
+        for shard in unit.shards:
+            for planned in shard.tensors:
+                if planned.name in copied:
+                    writer.write(planned.name, *read([planned.name]))
+        report = None
+        if unit.layer is not None and unit.slots is not None:
+            report = _write_experts(job, unit.layer, unit.slots, read, tokens, merged, writer)
+    return UnitResult(writer.entries, source.lines, report)
+
+
+def _write_experts(
+    job: Job,
+    layer: int,
+    slots: LayerSlots,
+    read: Callable[[Iterable[str]], list[torch.Tensor]],
+    tokens: LayerTokens | None,
+    merged: ExpertWeights | None,
+    writer: ShardWriter,
+) -> LayerReport:
+    prefix, names = job.shape.experts_prefix(layer), layer_names(job.shape, layer)
+
+    def read_expert(expert: int) -> list[torch.Tensor]:
+        return [matrix.to(job.device) for matrix in read(names[expert])]
+
+    def emit(slot: int, position: int, words: torch.Tensor) -> None:
+        members = slots.members(slot)
+        writer.write(packed_name(prefix, members[0], job.shape.family.projections[position]), words.cpu())
+        if merged is not None:
+            for member, expert in enumerate(members):
+                (merged.gate, merged.up, merged.down)[position][expert] = unpack(words, member)
+
+    try:
+        # Without calibration `merge_layer` has its own defaults.
+        known = () if tokens is None else (tokens.routed, tokens.lacking, tokens.energy)
+        done = merge_layer(read_expert, job.activation, names, slots, job.recipe, emit, *known)
+    except FormatError as error:
+        raise CheckpointError(str(error)) from None
+    return LayerReport(slots, done.statistics, done.mates)

@@ -1,0 +1,76 @@
+"""What a layer's output lacks, and the part of it that down projections can give back.
+
+The layers before it were merged too, so a layer's experts see other inputs than in the source model, and the residual
+stream has drifted. Each pair, once its gate and up are merged, is asked to answer what its experts answered before and
+a share of what the layer's output lacks; what the pair then fails to give is left to the pairs after it.
+"""
+
+import torch
+
+from .layer import ExpertWeights, RoutedTokens
+from .saliency import ExpertStatistics
+
+# The share of what is lacking that each expert is asked for; several experts see the same token.
+_SHARE = 0.25
+# Relative to the diagonal: keeps a down projection near its own weights where tokens are few or inputs alike.
+_RIDGE = 0.1
+
+
+class OutputCorrection:
+    """Follows what the layer's output lacks while its pairs are merged, one after the other.
+
+    Args:
+        experts: the layer's own weights.
+        routed: what enters them after the merged layers before.
+        lacking: the source model's output of this layer less that of `experts` on `routed`, and less everything
+            around them, float32 (num_tokens, hidden_size); changed in place.
+    """
+
+    def __init__(self, experts: ExpertWeights, routed: RoutedTokens, lacking: torch.Tensor) -> None:
+        self._experts = experts
+        self._routed = routed
+        self._lacking = lacking
+        # What each expert's answers lose with its gate and up, part by part, from `ask` until `settle`.
+        self._lost: dict[int, list[torch.Tensor]] = {}
+
+    def ask(
+        self, expert: int, merged: ExpertWeights, member: int, statistics: ExpertStatistics
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the expert's down projection should be once its gate and up are those of `merged`.
+
+        Args:
+            merged: gate and up of the pair; `member` is the expert's place in it.
+            statistics: the expert's, with moments between inputs.
+
+        Returns:
+            The projection by ridge regression, float32 (hidden_size, intermediate_size), and the second moments of
+            what it will read, float32 (intermediate_size, intermediate_size).
+        """
+        down = self._experts.down[expert].float()
+        moment, cross = torch.zeros_like(statistics.intermediate), torch.zeros_like(down)
+        count = 0
+        self._lost[expert] = []
+        for tokens, weights, rows in self._routed.parts(expert):
+            before = self._experts.intermediate(expert, rows).float()
+            after = merged.intermediate(member, rows).float()
+            lost = (before - after).to(rows.dtype) @ down.to(rows.dtype).T
+            self._lost[expert].append(lost)
+            wanted = lost * weights[:, None] + _SHARE * self._lacking[tokens]
+            read = after * weights[:, None]
+            moment += read.T @ read
+            cross += wanted.T @ read
+            count += len(tokens)
+        share = len(moment) / (len(moment) + count)
+        moment = (1 - share) * moment + share * statistics.intermediate
+        diagonal = moment.diagonal()
+        # Above zero for an expert whose weights are all zero.
+        least = (1e-3 * diagonal.mean()).clamp(min=1e-20)
+        ridge = moment + torch.diag(_RIDGE * diagonal + least)
+        return down + torch.linalg.solve(ridge, cross.T).T, moment
+
+    def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
+        """Takes note of what the merged expert, once asked, answers instead of its own."""
+        change = merged.down[member].float() - self._experts.down[expert].float()
+        for (tokens, weights, rows), lost in zip(self._routed.parts(expert), self._lost.pop(expert), strict=True):
+            gained = merged.intermediate(member, rows) @ change.to(rows.dtype).T
+            self._lacking.index_add_(0, tokens, (lost.float() - gained.float()) * weights[:, None])

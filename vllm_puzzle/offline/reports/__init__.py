@@ -1,0 +1,1 @@
+"""What `plan` and `inspect` tell, as text, JSON or a page."""

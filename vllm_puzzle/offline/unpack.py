@@ -1,0 +1,101 @@
+"""Back from a packed checkpoint to a plain BF16 one that any tool loads."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_puzzle.format import plain_config, unpack
+
+from .checkpoints.expert_tensors import fuse_experts
+from .checkpoints.packed import PackedCheckpoint
+from .checkpoints.shards import Planned, ShardWriter, plan_shards
+from .checkpoints.writer import check_destination, check_room, new_checkpoint
+from .conversion.job import names_by_layer
+from .defaults import DEFAULT_SHARD_SIZE
+from .progress import Progress
+
+
+@dataclass(frozen=True)
+class UnpackResult:
+    """Bytes of all tensors, packed and plain."""
+
+    checkpoint_bytes_before: int
+    checkpoint_bytes_after: int
+
+
+def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> UnpackResult:
+    """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16.
+
+    They are laid out as the family's checkpoints on the hub are.
+
+    One matrix is in memory at a time, or one layer where that layout has its experts in three-dimensional tensors.
+
+    Raises:
+        CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
+    """
+    check_destination(destination)
+    packed = PackedCheckpoint(source)
+    checkpoint = packed.checkpoint
+    groups = names_by_layer(checkpoint, packed.shape)
+    plans = plan_shards([list(_plan(packed, layer, names)) for layer, names in groups.items()], DEFAULT_SHARD_SIZE)
+    shards = [shard for group in plans for shard in group]
+    num_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
+    check_room(destination, num_bytes)
+    with new_checkpoint(destination) as writer:
+        with ShardWriter(writer.directory, shards) as file:
+            for layer, names in groups.items():
+                for name, tensor in _tensors(packed, layer, names):
+                    file.write(name, tensor)
+                progress(sum(checkpoint.tensors[name].num_bytes for name in names), checkpoint.num_bytes)
+        writer.add_index(shards)
+        writer.add_json("config.json", plain_config(checkpoint.raw_config))
+        writer.add_copies(checkpoint.path, checkpoint.other_files())
+    return UnpackResult(checkpoint.num_bytes, num_bytes)
+
+
+def _is_fused(packed: PackedCheckpoint, layer: int | None) -> bool:
+    return packed.shape.family.hub_is_fused and layer in packed.shape.moe_layers
+
+
+def _plan(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[Planned]:
+    """A layer's tensors in the order of `_tensors`."""
+    if not _is_fused(packed, layer):
+        for name in names:
+            info = packed.checkpoint.tensors[name]
+            members = packed.members(name)
+            if members is None:
+                yield Planned.copy_of(name, info)
+            else:
+                for expert_name in members:
+                    yield Planned(expert_name, "BF16", info.shape, info.num_bytes)
+        return
+    for name in names:
+        if packed.members(name) is None:
+            yield Planned.copy_of(name, packed.checkpoint.tensors[name])
+    assert layer is not None
+    shape, fused = packed.shape, packed.shape.family.fused[0]
+    sizes = fused.shapes(shape.num_experts, shape.hidden_size, shape.intermediate_size)
+    for name, size in zip((fused.gate_up, fused.down), sizes, strict=True):
+        yield Planned(shape.block_prefix(layer) + name, "BF16", size, 2 * math.prod(size))
+
+
+def _tensors(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    experts: dict[str, torch.Tensor] = {}
+    for name in names:
+        tensor = packed.checkpoint.read([name])[name]
+        members = packed.members(name)
+        if members is None:
+            yield name, tensor
+            continue
+        for member, expert_name in enumerate(members):
+            matrix = unpack(tensor, member, packed.layout)
+            if _is_fused(packed, layer):
+                experts[expert_name] = matrix
+            else:
+                yield expert_name, matrix
+    if layer is not None and experts:
+        fuse_experts(packed.shape, layer, experts)
+        yield from experts.items()

@@ -1,0 +1,188 @@
+"""Holding a packed checkpoint against its source: nothing else changed, and every word is what its rule allows."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_puzzle.format import find_invalid_word, is_packed, nearest_magnitude, packed_name, unpack
+
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.manifest import MANIFEST_FILE, read_manifest, sha256_of
+from .checkpoints.model_config import read_json
+from .checkpoints.packed import PackedCheckpoint
+from .checkpoints.source import SourceCheckpoint
+from .errors import CheckpointError
+from .merging.layer import Activation, ExpertWeights
+from .progress import Progress
+
+# Of the check of functions: random inputs, and a cosine that unrelated experts do not reach. It is low because an
+# expert that no token reached may lose all but that to its mate.
+_INPUTS = 2048
+_LEAST_LIKENESS = 0.03
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """How many tensors were found equal to the source's, and how many packed ones within their rule."""
+
+    untouched: int
+    packed: int
+
+
+def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
+    """Compares every tensor.
+
+    Raises:
+        CheckpointError: the first difference: a tensor outside the experts that changed, is missing or is new, a word
+            that no converter writes, an element that the rule could not have made from its source, or a shard with
+            another checksum than the manifest's.
+    """
+    _check_order(source, packed_path)
+    original, packed = SourceCheckpoint(source), PackedCheckpoint(packed_path)
+    untouched = packed_count = 0
+    seen: set[str] = set()
+    for name in sorted(packed.checkpoint.tensors):
+        members = packed.members(name)
+        names = [name] if members is None else members
+        for source_name in names:
+            if source_name not in original.tensors:
+                raise CheckpointError(f"{packed_path}: {name} has no counterpart {source_name} in {source}")
+        tensor = packed.checkpoint.read([name])[name]
+        sources = list(original.read(names).values())
+        if members is None:
+            _check_untouched(name, tensor, sources[0], packed_path)
+            untouched += 1
+        else:
+            _check_packed(name, tensor, sources, packed)
+            packed_count += 1
+        seen.update(names)
+        progress(packed.checkpoint.tensors[name].num_bytes, packed.checkpoint.num_bytes)
+    if not _leaves_traces(packed):
+        for slots in packed.quantization.layers:
+            for slot in range(slots.pairs):
+                _check_function(original, packed, slots.layer, slots.members(slot))
+    missing = sorted(set(original.tensors) - seen)
+    if missing:
+        raise CheckpointError(f"{packed_path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
+    _check_files(packed)
+    return VerifyResult(untouched, packed_count)
+
+
+def _check_order(source: Path, packed: Path) -> None:
+    """That source and packed checkpoint were not given the other way round."""
+    first, second = (os.path.isdir(path) and is_packed(read_json(path / "config.json")) for path in (source, packed))
+    if first and not second:
+        raise CheckpointError(
+            f"{source} is packed and {packed} is not; the source comes first: vllm-puzzle verify {packed} {source}"
+        )
+
+
+def _check_files(packed: PackedCheckpoint) -> None:
+    """That the shards are, to the byte, those the converter wrote: what no tensor shows, and what came after it."""
+    path = packed.checkpoint.path
+    manifest = read_manifest(path)
+    shards = {info.shard for info in packed.checkpoint.tensors.values()}
+    for entry in manifest.shards:
+        if entry.file not in shards:
+            raise CheckpointError(
+                f"{path / MANIFEST_FILE} names {entry.file}, which the index does not; {packed.checkpoint.remedy}"
+            )
+        if sha256_of(path / entry.file) != entry.sha256:
+            raise CheckpointError(
+                f"{path / entry.file} has another SHA-256 than {MANIFEST_FILE} says; {packed.checkpoint.remedy}"
+            )
+    unnamed = sorted(shards - {entry.file for entry in manifest.shards})
+    if unnamed:
+        raise CheckpointError(f"{path / MANIFEST_FILE} says nothing of {unnamed[0]}; {packed.checkpoint.remedy}")
+
+
+def _check_untouched(name: str, tensor: torch.Tensor, source: torch.Tensor, path: Path) -> None:
+    if (tensor.dtype, tensor.shape) != (source.dtype, source.shape):
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, the source's is {source.dtype} "
+            f"{list(source.shape)}"
+        )
+    # Compared as bytes, so that a NaN equals itself and -0.0 does not equal 0.0.
+    if not torch.equal(tensor.flatten().view(torch.uint8), source.flatten().view(torch.uint8)):
+        raise CheckpointError(
+            f"{path}: {name} differs from the source's, though nothing outside the experts may change"
+        )
+
+
+def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], packed: PackedCheckpoint) -> None:
+    path = packed.checkpoint.path
+    invalid = find_invalid_word(words, packed.layout)
+    if invalid is not None:
+        raise CheckpointError(f"{path}: {name}{list(invalid)} is {words[invalid].item()}, a word that is never written")
+    decoded = [unpack(words, member, packed.layout) for member in range(len(sources))]
+    floats = [source.float() for source in sources]
+    allowed = _allowed(decoded, floats, packed, name)
+    if allowed is not None and not allowed.all():
+        index = tuple((~allowed).nonzero()[0].tolist())
+        raise CheckpointError(
+            f"{path}: {name}{list(index)} decodes to {[member[index].item() for member in decoded]}, which rule "
+            f"{packed.quantization.provenance.rule} cannot make from {[source[index].item() for source in floats]}"
+        )
+
+
+def _leaves_traces(packed: PackedCheckpoint) -> bool:
+    """Whether a merged element follows from the two at its place in the source."""
+    provenance = packed.quantization.provenance
+    return provenance.rule != "compensated" and not provenance.align
+
+
+def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, members: tuple[int, ...]) -> None:
+    """That each of two mates still answers random inputs somewhat as its source does, and not as another expert."""
+    shape, path = packed.shape, packed.checkpoint.path
+    prefix = shape.experts_prefix(layer)
+    names = [packed_name(prefix, members[0], projection) for projection in shape.family.projections]
+    words = packed.checkpoint.read(names)
+    inputs = torch.randn(_INPUTS, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    for member, expert in enumerate(members):
+        sources = original.read(shape.expert_names(layer, expert))
+        merged = [unpack(words[name], member, packed.layout) for name in names]
+        wanted, answered = (
+            _answer(matrices, inputs, packed.activation).flatten() for matrices in (list(sources.values()), merged)
+        )
+        likeness = torch.cosine_similarity(wanted, answered, dim=0).item()
+        # An expert that answers nothing has no direction.
+        if wanted.any() and not likeness >= _LEAST_LIKENESS:
+            raise CheckpointError(
+                f"{path}: {names[0].removesuffix('.weight_packed')} and its up and down hold expert {expert} as member "
+                f"{member}, but answer random inputs with a cosine of {likeness:.2f} to that expert of the source; "
+                f"{_LEAST_LIKENESS} is the least that merging leaves, so convert the source again"
+            )
+
+
+def _answer(matrices: list[torch.Tensor], inputs: torch.Tensor, activation: Activation) -> torch.Tensor:
+    gate, up, down = ([matrix] for matrix in matrices)
+    return ExpertWeights(gate, up, down, activation).output(0, inputs)
+
+
+def _allowed(
+    decoded: list[torch.Tensor], sources: list[torch.Tensor], packed: PackedCheckpoint, name: str
+) -> torch.Tensor | None:
+    """Which elements the rule can have made; None where it leaves no trace in single elements."""
+    provenance, layout = packed.quantization.provenance, packed.layout
+    alone = [nearest_magnitude(source, layout, name) for source in sources]
+    if len(sources) == 1:
+        same_sign = (decoded[0] == 0) | (torch.signbit(decoded[0]) == torch.signbit(sources[0]))
+        return same_sign & (decoded[0].abs() == alone[0])
+    if not _leaves_traces(packed):
+        return None
+    held = [member != 0 for member in decoded]
+    # Members that share an element hold the mean, or with weights something between; a member that has it to itself
+    # holds its own magnitude; an element that nobody holds was too small for one of those to be stored.
+    both, none = held[0] & held[1], ~(held[0] | held[1])
+    if provenance.rule == "paper":
+        low = high = nearest_magnitude((sources[0].abs() + sources[1].abs()) / 2, layout, name)
+    else:
+        low, high = torch.minimum(*alone), torch.maximum(*alone)
+    allowed = both & (low <= decoded[0].abs()) & (decoded[0].abs() <= high)
+    allowed |= none & ((low == 0) | (alone[0] == 0) | (alone[1] == 0))
+    for member, source in enumerate(sources):
+        allowed |= held[member] & ~both & (decoded[member].abs() == alone[member])
+        allowed &= ~held[member] | (torch.signbit(decoded[member]) == torch.signbit(source))
+    return allowed

@@ -1,0 +1,119 @@
+"""The quantization config: what vLLM asks about a checkpoint with `quant_method: puzzlemoe`."""
+
+from typing import Any
+
+import torch
+
+from ..format import (
+    QUANT_METHOD,
+    FormatError,
+    LayerSlots,
+    PuzzleMoEQuantizationConfig,
+    check_packed_names,
+    is_outside,
+    layer_index,
+)
+from ..model_tensors import check_dense_tensors, dense_tensors, is_defined
+from .host import (
+    LinearBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+    RoutedExperts,
+    UnquantizedLinearMethod,
+    logger,
+)
+from .tensor_index import Shapes, read_shapes
+
+
+class PuzzleMoEConfig(QuantizationConfig):
+    """`quantization_config` of format version 1, as vLLM's QuantizationConfig."""
+
+    def __init__(self, quantization: PuzzleMoEQuantizationConfig | None = None) -> None:
+        super().__init__()
+        if quantization is None:
+            # vLLM constructs it so where --quantization is given for a model whose config.json has no such section.
+            raise ValueError(
+                "this model's experts are not packed: its config.json has no quantization_config of quant_method "
+                "puzzlemoe; run `python -m vllm_puzzle.convert MODEL DEST` and serve DEST"
+            )
+        self.quantization = quantization
+        self._num_hidden_layers: int | None = None
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        # The first CUDA architecture with BF16 arithmetic.
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PuzzleMoEConfig":
+        """Raises FormatError (a ValueError) for a section that breaks the schema."""
+        return cls(PuzzleMoEQuantizationConfig.parse(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Checks a checkpoint's tensor names before anything is loaded.
+
+        vLLM's loader skips expert tensors that it cannot place without a word, so those the slots do not account for
+        have to be found here. It leaves every parameter of a quantized model that the checkpoint lacks as it was
+        allocated; packed ones are counted again while loading, all others here alone.
+
+        Raises:
+            FormatError: a tensor that is missing, misshapen or unexpected, by name, or a broken index or shard.
+        """
+        self._num_hidden_layers = getattr(hf_config, "num_hidden_layers", None)
+        if getattr(hf_config, "_experts_implementation", None) == QUANT_METHOD:
+            # Plain transformers is to refuse, having no kernels for packed experts. With --model-impl transformers
+            # the experts are vLLM's.
+            hf_config._experts_implementation = None
+        shapes = read_shapes(model_name, revision)
+        if shapes:
+            check_packed_names(shapes, self.quantization, model_name)
+            if hf_config is not None and is_defined(hf_config):
+                self._check_dense(shapes, hf_config, model_name)
+
+    def _check_dense(self, shapes: Shapes, hf_config: Any, model_name: str) -> None:
+        try:
+            expected = dense_tensors(hf_config, [each.layer for each in self.quantization.layers])
+        except FormatError as error:
+            # vLLM's own model may well take what transformers' does not.
+            logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)
+            return
+        check_dense_tensors(shapes, expected, model_name, "copy or convert the checkpoint again")
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            # Imported late: the operator is needed only by a process that holds such a layer.
+            from .method import PuzzleMoEMethod
+
+            slots = self._slots(prefix)
+            # None leaves the layer's experts to vLLM, as they are.
+            return None if slots is None else PuzzleMoEMethod(slots, self.quantization, layer)
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        return None
+
+    def _slots(self, prefix: str) -> LayerSlots | None:
+        """None for layers that only predict further tokens, after the decoder's or beside the model: they stay BF16."""
+        index = layer_index(prefix)
+        # Of a drafting model vLLM says that it has no decoder layers, or as many as the model that it drafts for.
+        after = index is not None and self._num_hidden_layers is not None and index >= self._num_hidden_layers
+        if after or is_outside(prefix):
+            return None
+        slots = None if index is None else self.quantization.layer(index)
+        if slots is None:
+            packed = [each.layer for each in self.quantization.layers]
+            raise FormatError(
+                f"{prefix} has routed experts, but quantization_config packs layers {packed} only; convert again"
+            )
+        return slots
