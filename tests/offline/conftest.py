@@ -13,7 +13,7 @@ from tests.tiny import build_tiny
 def known_speed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("convert", "estimate"):
-            patch.setattr(f"vllm_puzzle.offline.{module}.measure_speed", lambda device: SPEED)
+            patch.setattr(f"vllm_puzzle.offline.conversion.{module}.measure_speed", lambda device: SPEED)
         yield
 
 

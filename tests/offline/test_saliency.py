@@ -175,7 +175,7 @@ def test_norms_count_every_token_alike() -> None:
 
 
 def tokens_at_once(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    for module in ("layer", "statistics", "calibration"):
+    for module in ("merging.layer", "merging.saliency", "conversion.calibration"):
         monkeypatch.setattr(f"vllm_puzzle.offline.{module}.TOKENS_AT_ONCE", count)
 
 
