@@ -20,8 +20,6 @@ from .checkpoint import Checkpoint
 from .dense import check_dense
 from .families import MoEShape, find_moe_shape
 
-# safetensors' spelling of the word types.
-
 
 class PackedCheckpoint:
     """A checkpoint with `quant_method: puzzlemoe`.
