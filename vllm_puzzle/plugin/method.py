@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from ..format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
-from ..kernels import TRITON, choose_engine, cpu_isa
-from ..kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
+from ..kernels import choose_engine
 from .host import FusedMoEMethodBase, RoutedExperts, current_platform, get_current_vllm_config, logger
 from .loader import PackedExpertLoader
 from .lora import refuse_expert_adapters
@@ -26,7 +25,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
-        self._engine = choose_engine(torch.device(current_platform.device_type), layer.moe_config.in_dtype)
+        device, layout = torch.device(current_platform.device_type), word_layout(quantization.bits)
+        self._engine = choose_engine(device, layer.moe_config.in_dtype, layout)
+        self._engine_name = self._engine.name
         vllm_config = get_current_vllm_config()
         refuse_unsupported(layer, self._engine, vllm_config)
         refuse_to_save(layer)
@@ -57,7 +58,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         self._served = vllm_config.model_config.model
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
         self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine)
+        logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine_name)
 
     def create_weights(
         self,
@@ -96,14 +97,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         )
         num_slots = len(self._local_slots)
         # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
-        if cpu_isa(self._engine) is None:
-            dtype = word_layout(self._quantization.bits).dtype
-            w13 = torch.zeros(num_slots, 2 * intermediate_size_per_partition, hidden_size, dtype=dtype)
-            w2 = torch.zeros(num_slots, hidden_size, intermediate_size_per_partition, dtype=dtype)
-        else:
-            rows, columns = padded(intermediate_size_per_partition), padded(hidden_size)
-            w13 = empty_slots(num_slots, 2 * rows, columns)
-            w2 = empty_slots(num_slots, columns, rows)
+        w13, w2 = self._engine.allocate(num_slots, hidden_size, intermediate_size_per_partition)
         loaded = num_slots * intermediate_size_per_partition * hidden
         for name, words, numel in (("w13_weight_packed", w13, 2 * loaded), ("w2_weight_packed", w2, loaded)):
             layer.register_parameter(name, PackedParameter(words, self._loader, numel, self._begin_reload))
@@ -135,12 +129,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         if self._reloading:
             # Again: where an error of vLLM's own ended the last reload, this one began without asking.
             self._check_slots()
-        isa = cpu_isa(self._engine)
-        if isa is not None:
-            tile_slots_(layer.w13_weight_packed, layer.w2_weight_packed)
-            reserve_workspace(isa, layer.w2_weight_packed, self._max_num_tokens, self.moe.experts_per_token)
-        if self._engine == TRITON:
-            self._check_decodable(layer)
+        w13, w2 = layer.w13_weight_packed, layer.w2_weight_packed
+        self._engine.prepare(w13, w2, self._max_num_tokens, self.moe.experts_per_token)
+        self._check_words(layer)
 
     def _begin_reload(self) -> None:
         """Raises FormatError where the checkpoint is packed otherwise; the engine then runs on as it did."""
@@ -168,13 +159,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             wait_for_weights(layer)
             self._waiting = False
 
-    def _check_decodable(self, layer: RoutedExperts) -> None:
-        # Imported late: Triton need not be installed for the other engines.
-        from ..kernels.triton import find_undecodable_slot
-
-        dtype = self.moe.in_dtype
+    def _check_words(self, layer: RoutedExperts) -> None:
         for name in ("w13_weight_packed", "w2_weight_packed"):
-            slot = find_undecodable_slot(getattr(layer, name), dtype)
+            slot = self._engine.check(getattr(layer, name), self.moe.in_dtype)
             if slot is not None:
                 raise FormatError(
                     f"{layer.layer_name}.{name} has a weight of magnitude 32768 or more in the slot of expert "
@@ -203,5 +190,5 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             topk_ids,
             self._activation,
             layer.apply_router_weight_on_input,
-            self._engine,
+            self._engine_name,
         )
