@@ -8,7 +8,7 @@ import torch
 from ..format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
 from ..kernels import choose_engine
 from .host import FusedMoEMethodBase, RoutedExperts, current_platform, get_current_vllm_config, logger
-from .loader import PackedExpertLoader
+from .loader import PackedExpertLoader, Projection
 from .lora import refuse_expert_adapters
 from .refusals import refuse_to_save, refuse_unsupported
 from .reload import PackedParameter, check_same_slots, end_round, put_running_weights_back, wait_for_weights
@@ -76,35 +76,33 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"{layer.layer_name} has hidden_size {sizes[0]} and intermediate_size {sizes[1]}, quantization_config "
                 f"says {packed[0]} and {packed[1]}"
             )
-        hidden, intermediate = packed
-        self._loader = PackedExpertLoader(
-            layer_name=layer.layer_name,
-            slots=self._slots,
-            local_slots=self._local_slots,
-            projections={
-                "w1": layer.ckpt_gate_proj_name,
-                "w3": layer.ckpt_up_proj_name,
-                "w2": layer.ckpt_down_proj_name,
-            },
-            full_shapes={
-                "w1": (intermediate, hidden),
-                "w3": (intermediate, hidden),
-                "w2": (hidden, intermediate),
-            },
-            tp_rank=self.moe.tp_rank,
-            tp_size=self.moe.tp_size,
-            failed=self._abandon_reload,
-        )
+        self._loader = self._make_loader(layer)
         num_slots = len(self._local_slots)
         # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
         w13, w2 = self._engine.allocate(num_slots, hidden_size, intermediate_size_per_partition)
-        loaded = num_slots * intermediate_size_per_partition * hidden
+        loaded = num_slots * intermediate_size_per_partition * hidden_size
         for name, words, numel in (("w13_weight_packed", w13, 2 * loaded), ("w2_weight_packed", w2, loaded)):
             layer.register_parameter(name, PackedParameter(words, self._loader, numel, self._begin_reload))
         table = self._slots.slot_of_expert(self._local_slots).to(layer.w13_weight_packed.device)
         # The table follows from the config, and a reload does not wait for it.
         table.weight_loader_numel = 0  # type: ignore[attr-defined]
         layer.register_buffer("slot_of_expert", table, persistent=False)
+
+    def _make_loader(self, layer: RoutedExperts) -> PackedExpertLoader:
+        hidden, intermediate = self._quantization.hidden_size, self._quantization.intermediate_size
+        return PackedExpertLoader(
+            layer_name=layer.layer_name,
+            slots=self._slots,
+            local_slots=self._local_slots,
+            projections={
+                "w1": Projection(layer.ckpt_gate_proj_name, (intermediate, hidden)),
+                "w3": Projection(layer.ckpt_up_proj_name, (intermediate, hidden)),
+                "w2": Projection(layer.ckpt_down_proj_name, (hidden, intermediate)),
+            },
+            tp_rank=self.moe.tp_rank,
+            tp_size=self.moe.tp_size,
+            failed=self._abandon_reload,
+        )
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Puts the words into the engine's order.
@@ -163,10 +161,10 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         for name in ("w13_weight_packed", "w2_weight_packed"):
             slot = self._engine.check(getattr(layer, name), self.moe.in_dtype)
             if slot is not None:
+                expert = self._slots.first_member(self._local_slots[slot])
                 raise FormatError(
                     f"{layer.layer_name}.{name} has a weight of magnitude 32768 or more in the slot of expert "
-                    f"{self._slots.members(self._local_slots[slot])[0]}, which float16 cannot hold; serve with --dtype "
-                    f"bfloat16"
+                    f"{expert}, which float16 cannot hold; serve with --dtype bfloat16"
                 )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
