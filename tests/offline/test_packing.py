@@ -114,6 +114,6 @@ def test_without_it_the_same_is_written_and_it_is_said(
 
 
 def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
-    source = Path(__file__).resolve().parents[2] / "offline" / "packing.cpp"
+    source = Path(__file__).resolve().parents[2] / "vllm_puzzle" / "offline" / "merging" / "packing.cpp"
     build_packing(source, tmp_path / "packing.so", ["-Wall", "-Wextra", "-Werror"])
     assert (tmp_path / "packing.so").exists()
