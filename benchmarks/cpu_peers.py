@@ -42,7 +42,7 @@ class Packed(Engine):
     bytes_per_weight = 2
 
     def __init__(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
-        self.name = choose_engine(torch.device("cpu"), torch.bfloat16)
+        self.name = choose_engine(torch.device("cpu"), torch.bfloat16).name
         self._w13, self._w2 = w13, w2
         self._slot_of_expert = torch.arange(2 * w13.shape[0], dtype=torch.int32)
 

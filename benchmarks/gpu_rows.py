@@ -12,7 +12,7 @@ from benchmarks.gpu_compile import compile_kernel, machine_code
 from benchmarks.machine_code import Loop, MachineCode
 from benchmarks.roofline import SHAPES
 from vllm_puzzle.kernels.triton.configs import FOLDER, Config, Product, load_configs
-from vllm_puzzle.kernels.triton.engine import make_tiles
+from vllm_puzzle.kernels.triton.moe import make_tiles
 from vllm_puzzle.kernels.triton.products import down_kernel, gate_up_kernel
 from vllm_puzzle.kernels.triton.target import Target
 from vllm_puzzle.kernels.triton.tiles import Tile

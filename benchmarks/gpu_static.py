@@ -21,9 +21,8 @@ from benchmarks.gpu_compile import compile_surroundings
 from benchmarks.gpu_devices import Device
 from benchmarks.gpu_rows import CHIPS, Row, cases, measure
 from benchmarks.roofline import Costs, Instructions, MoEShape, Tile, markdown, predictions
-from vllm_puzzle.kernels.triton import INTERPRETED
 from vllm_puzzle.kernels.triton.configs import find_config
-from vllm_puzzle.kernels.triton.target import Target
+from vllm_puzzle.kernels.triton.target import INTERPRETED, Target
 
 
 def plan(rows: list[Row], device: Device, shape: MoEShape, num_tokens: int) -> tuple[Tile, Costs]:

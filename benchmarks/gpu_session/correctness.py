@@ -8,8 +8,8 @@ import torch
 from benchmarks.gpu_session.workload import DTYPES, Cut, Workload, pairs
 from vllm_puzzle.format import LayerSlots, pack
 from vllm_puzzle.kernels.reference import reference_moe
-from vllm_puzzle.kernels.triton import triton_moe
 from vllm_puzzle.kernels.triton.configs import Config
+from vllm_puzzle.kernels.triton.moe import triton_moe
 from vllm_puzzle.tuning.card import Card
 from vllm_puzzle.tuning.layer import PackedLayer, draw, relative_difference
 from vllm_puzzle.tuning.shape import MoEShape

@@ -20,7 +20,8 @@ from benchmarks.gpu_session.peer import main as gather_peer
 from benchmarks.gpu_session.session import Session, Stage
 from benchmarks.gpu_session.summary import failures, summary
 from benchmarks.gpu_session.workload import FAKE, REAL, compile_peer, tasks
-from vllm_puzzle.kernels.triton import INTERPRETED, triton_moe
+from vllm_puzzle.kernels.triton.moe import triton_moe
+from vllm_puzzle.kernels.triton.target import INTERPRETED
 from vllm_puzzle.tuning.compiling import CompilePool
 from vllm_puzzle.tuning.gpu import HOPPER
 from vllm_puzzle.tuning.shape import MoEShape
@@ -228,9 +229,9 @@ def test_a_session_in_the_interpreter(tmp_path: Path) -> None:
 def test_a_wrong_result_makes_the_program_fail(tmp_path: Path) -> None:
     # Python imports it first, in every process: what should be right is twice as much.
     (tmp_path / "sitecustomize.py").write_text(
-        "from vllm_puzzle.kernels import operator\n"
-        "right = operator.reference_moe\n"
-        "operator.reference_moe = lambda *arguments: 2 * right(*arguments)\n"
+        "from vllm_puzzle.kernels import reference\n"
+        "right = reference.reference_moe\n"
+        "reference.reference_moe = lambda *arguments: 2 * right(*arguments)\n"
     )
     command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--fake", "--seconds", "300"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -45,7 +45,7 @@ def quantization() -> PuzzleMoEQuantizationConfig:
 
 def names() -> list[str]:
     return ["model.norm.weight"] + [
-        packed_name(f"model.layers.{slots.layer}.mlp.experts", slots.members(slot)[0], projection)
+        packed_name(f"model.layers.{slots.layer}.mlp.experts", slots.first_member(slot), projection)
         for slots in quantization().layers
         for slot in range(slots.num_slots)
         for projection in ("gate_proj", "up_proj", "down_proj")
@@ -84,12 +84,12 @@ def test_how_it_was_made_is_told_in_full(field: str) -> None:
         (["format_version"], 2, "format_version 2, this vllm-puzzle reads version 1"),
         (["bits"], 8, "bits: Input should be 16"),
         (["num_experts"], "8", "num_experts: Input should be a valid integer"),
-        (["num_experts"], 9, "9 experts do not divide into 2 blocks"),
+        (["num_experts"], 9, "9 experts do not divide evenly among 2 ranks"),
         (["num_experts"], 16, "layer 1 lists 8 experts, the checkpoint has 16"),
-        (["max_expert_parallel"], 3, "do not divide into 3 blocks"),
-        (["max_expert_parallel"], 8, "experts 3 and 0 share slot 0 but lie in different blocks of 1"),
+        (["max_expert_parallel"], 3, "do not divide evenly among 3 ranks"),
+        (["max_expert_parallel"], 8, "experts 3 and 0 share slot 0 but belong to different ranks .1 to a rank."),
         (["hidden_size"], 0, "hidden_size: Input should be greater than 0"),
-        (["layers", 0, "experts"], [0, 4, 1, 2, 3, 5, 6, 7], "experts 0 and 4 share slot 0 but lie in different"),
+        (["layers", 0, "experts"], [0, 4, 1, 2, 3, 5, 6, 7], "experts 0 and 4 share slot 0 but belong to different"),
         (["layers", 0, "layer"], 2, "ascending order without repetition"),
         (["layers", 0, "extra"], 1, "Extra inputs are not permitted"),
         (["provenance", "tau"], "0.4", "provenance.tau: Input should be a valid number"),

@@ -21,6 +21,7 @@ def test_every_expert_is_found_in_the_slot_that_lists_it(slots: LayerSlots) -> N
     assert table.dtype == torch.int32
     assert slots.num_slots == slots.num_experts - slots.pairs
     for slot in range(slots.num_slots):
+        assert table[slots.first_member(slot)] == 2 * slot
         for member, expert in enumerate(slots.members(slot)):
             assert table[expert] == 2 * slot + member
     assert len(set(table.tolist())) == slots.num_experts
@@ -58,5 +59,5 @@ def test_inconsistent_slots_are_refused(experts: list[int], pairs: int, message:
 @pytest.mark.parametrize(
     ("num_experts", "ranks"), [(8, 2), (16, 4), (32, 8), (60, 2), (64, 8), (128, 8), (256, 8), (6, 1), (7, 1), (4, 1)]
 )
-def test_default_blocks_are_even_and_of_at_least_four_experts(num_experts: int, ranks: int) -> None:
+def test_by_default_a_rank_has_an_even_number_of_at_least_four_experts(num_experts: int, ranks: int) -> None:
     assert default_max_expert_parallel(num_experts) == ranks

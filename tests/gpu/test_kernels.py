@@ -10,9 +10,10 @@ import triton.language as tl
 
 from tests.kernels.cases import TOLERANCE, Case
 from vllm_puzzle.kernels import TRITON, packed_moe
-from vllm_puzzle.kernels.triton import DTYPES, current_target, triton_moe
 from vllm_puzzle.kernels.triton.configs import FOLDER, load_configs
 from vllm_puzzle.kernels.triton.decode import decode, make_decoder
+from vllm_puzzle.kernels.triton.moe import DTYPES, triton_moe
+from vllm_puzzle.kernels.triton.target import current_target
 
 pytestmark = pytest.mark.gpu
 

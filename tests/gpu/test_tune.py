@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_puzzle.cli import main
-from vllm_puzzle.kernels.triton import current_target
 from vllm_puzzle.kernels.triton.configs import file_name, find_config, load_configs
+from vllm_puzzle.kernels.triton.target import current_target
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.kernels.cases import Case
-from vllm_puzzle.kernels import cpu
+from vllm_puzzle.kernels import ENGINES
 
 Arguments = dict[str, Any]
 
@@ -81,13 +81,12 @@ def main() -> None:
         operator = torch.ops.vllm_puzzle.packed_moe
         print(f"{state}\t{said(lambda: operator(**arguments, activation='silu', engine=engine))}", flush=True)  # noqa: B023
     if compiled:
+        prepare = ENGINES[engine].prepare
         words = torch.zeros(2, 64, 32, dtype=torch.int16)
-        print(f"tiling meta\t{said(lambda: cpu.tile_slots_(words.to('meta'), words))}", flush=True)
+        print(f"preparing meta\t{said(lambda: prepare(words.to('meta'), words, 1, 1))}", flush=True)
         words.untyped_storage().resize_(0)
-        print(f"tiling freed\t{said(lambda: cpu.tile_slots_(words, words))}", flush=True)
-        level = cpu.Isa[engine.removeprefix("cpu-").upper()]
-        w2 = Case().weights(engine)[1]
-        print(f"no memory\t{said(lambda: cpu.reserve_workspace(level, w2, 2**45, 2))}", flush=True)
+        print(f"preparing freed\t{said(lambda: prepare(words, words, 1, 1))}", flush=True)
+        print(f"no memory\t{said(lambda: prepare(*Case().weights(engine), 2**45, 2))}", flush=True)
         Case().check(engine=engine)
         print("after all that\tas before")
 

@@ -6,9 +6,8 @@ import torch
 from torch.nn import functional
 
 from vllm_puzzle.format import WORD16, LayerSlots, pack, unpack
-from vllm_puzzle.kernels import REFERENCE, TRITON, packed_moe
-from vllm_puzzle.kernels.cpu import padded, tile_slots_
-from vllm_puzzle.kernels.triton import INTERPRETED
+from vllm_puzzle.kernels import ENGINES, REFERENCE, TRITON, packed_moe
+from vllm_puzzle.kernels.triton.target import INTERPRETED
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 # Triton's interpreter cuts bfloat16 off where a GPU rounds it, in each of three places.
@@ -58,13 +57,15 @@ class Case:
 
     def weights(self, engine: str) -> tuple[torch.Tensor, torch.Tensor]:
         """w13 and w2 as `engine` takes them."""
-        if engine in (REFERENCE, TRITON):
+        found = ENGINES[engine]
+        if found.multiple == 1:
             return self.w13, self.w2
         hidden_size, intermediate_size = self.x.shape[1], self.intermediate_size
-        columns, rows = padded(hidden_size) - hidden_size, padded(intermediate_size) - intermediate_size
-        halves = [functional.pad(half, (0, columns, 0, rows)) for half in self.w13.chunk(2, dim=1)]
-        w13, w2 = torch.cat(halves, dim=1), functional.pad(self.w2, (0, rows, 0, columns))
-        tile_slots_(w13, w2)
+        w13, w2 = found.allocate(len(self.w13), hidden_size, intermediate_size)
+        for half, words in zip(w13.chunk(2, dim=1), self.w13.chunk(2, dim=1), strict=True):
+            half[:, :intermediate_size, :hidden_size] = words
+        w2[:, :hidden_size, :intermediate_size] = self.w2
+        found.prepare(w13, w2, *self.topk_ids.shape)
         return w13, w2
 
     def tensors(self, engine: str) -> tuple[torch.Tensor, ...]:

@@ -2,8 +2,9 @@
 
 from tests.kernels.cases import INTERPRETED_TOLERANCE, TOLERANCE, Case
 from vllm_puzzle.kernels import REFERENCE, TRITON
-from vllm_puzzle.kernels.triton import INTERPRETED, triton_moe
 from vllm_puzzle.kernels.triton.configs import Config, Product
+from vllm_puzzle.kernels.triton.moe import triton_moe
+from vllm_puzzle.kernels.triton.target import INTERPRETED
 
 Cut = tuple[int, int, bool, int, int, int]
 CUTS: list[Cut] = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.kernels.cases import Case, check_what_is_not_finite
-from vllm_puzzle.kernels.cpu import engine, library, usable_isas
+from vllm_puzzle.kernels.cpu import WORKSPACE, library, usable_isas
 
 
 def sample() -> list[Case]:
@@ -38,7 +38,7 @@ def main() -> None:
     for case in sample():
         for isa in levels:
             # A workspace of exactly the size asked for, so that what runs over its end is seen.
-            engine._workspace = engine._Workspace()
+            WORKSPACE.release()
             case.check(engine=f"cpu-{isa.name.lower()}")
     for isa in levels:
         for num_tokens in (8, 90):  # Some rows a tile, and several tiles with a part of one.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_puzzle.kernels import EngineError, choose_engine
-from vllm_puzzle.kernels.cpu import Isa, empty_slots, library, tile_slots_, usable_isas
+from vllm_puzzle.kernels.cpu import Isa, choose_isa, empty_slots, library, tile_slots_, unusable, usable_isas
 from vllm_puzzle.kernels.cpu.build import BuildError, build_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,31 +53,31 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_library_that_was_not_built_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "LIBRARY_PATH", tmp_path / "nowhere.so")
-    for function in (library.load_library, library.unusable):
+    for function in (library.load_library, unusable):
         function.cache_clear()
     try:
         with pytest.raises(EngineError, match=r"nowhere.so is missing.*or set VLLM_PUZZLE_ENGINE=reference"):
             choose_engine(CPU, torch.bfloat16)
     finally:
-        for function in (library.load_library, library.unusable):
+        for function in (library.load_library, unusable):
             function.cache_clear()
 
 
 def test_the_most_capable_level_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PUZZLE_ENGINE", raising=False)
     monkeypatch.delenv("VLLM_PUZZLE_CPU_ISA", raising=False)
-    assert choose_engine(CPU, torch.bfloat16) == f"cpu-{max(usable_isas()).name.lower()}"
-    assert choose_engine(CPU, torch.float32) == "cpu-portable"
-    assert choose_engine(CPU, torch.float16) == "cpu-portable"
-    assert choose_engine(torch.device("xpu"), torch.bfloat16) == "reference"
+    assert choose_engine(CPU, torch.bfloat16).name == f"cpu-{max(usable_isas()).name.lower()}"
+    assert choose_engine(CPU, torch.float32).name == "cpu-portable"
+    assert choose_engine(CPU, torch.float16).name == "cpu-portable"
+    assert choose_engine(torch.device("xpu"), torch.bfloat16).name == "reference"
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in usable_isas():
         monkeypatch.setenv("VLLM_PUZZLE_CPU_ISA", isa.name.lower())
-        assert choose_engine(CPU, torch.bfloat16) == f"cpu-{isa.name.lower()}"
+        assert choose_engine(CPU, torch.bfloat16).name == f"cpu-{isa.name.lower()}"
     monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "reference")
-    assert choose_engine(CPU, torch.bfloat16) == "reference"
+    assert choose_engine(CPU, torch.bfloat16).name == "reference"
     monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "cpu")
     with pytest.raises(EngineError, match="VLLM_PUZZLE_ENGINE=cpu cannot compute on cuda"):
         choose_engine(torch.device("cuda"), torch.bfloat16)
@@ -86,35 +86,32 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        (
-            "VLLM_PUZZLE_ENGINE",
-            "fast",
-            "VLLM_PUZZLE_ENGINE=fast is not an engine; choose auto, cpu, triton or reference",
-        ),
-        ("VLLM_PUZZLE_CPU_ISA", "avx10", "VLLM_PUZZLE_CPU_ISA=avx10 is not a level; choose auto, portable, avx2, "),
-        ("VLLM_PUZZLE_CPU_ISA", "amx_bf16", "=amx_bf16 cannot be used: this CPU does not have it; this machine can"),
+        ("VLLM_PUZZLE_ENGINE", "fast", "=fast is not an engine; choose auto, cpu, triton or reference"),
+        ("VLLM_PUZZLE_CPU_ISA", "avx10", "=avx10 is not a level; choose auto, portable, avx2, "),
     ],
 )
-def test_what_cannot_be_had_is_refused(
+def test_what_does_not_exist_is_refused(
     variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a CPU without AMX, wherever this runs.
-    monkeypatch.setattr(
-        "vllm_puzzle.kernels.choice.unusable",
-        lambda isa: "this CPU does not have it" if isa is Isa.AMX_BF16 else None,
-    )
     monkeypatch.setenv(variable, value)
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(EngineError, match=f"{variable}{message}"):
         choose_engine(CPU, torch.bfloat16)
 
 
-def test_a_forced_level_does_not_take_other_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_puzzle.kernels.choice.unusable", lambda isa: None)
-    monkeypatch.setenv("VLLM_PUZZLE_CPU_ISA", "avx512")
+def without_amx(isa: Isa) -> str | None:
+    return "this CPU does not have it" if isa is Isa.AMX_BF16 else None
+
+
+def test_the_level_follows_from_the_machine_and_the_dtype() -> None:
+    assert choose_isa("auto", torch.bfloat16, without_amx) is Isa.AVX512_BF16
+    assert choose_isa("auto", torch.float16, without_amx) is Isa.PORTABLE
+    assert choose_isa("avx512", torch.bfloat16, without_amx) is Isa.AVX512
     with pytest.raises(
-        EngineError, match="computes in bfloat16 and the model runs in float16; choose auto or portable"
+        EngineError, match=r"=amx_bf16 cannot be used: this CPU does not have it; .* avx512, avx512_bf16$"
     ):
-        choose_engine(CPU, torch.float16)
+        choose_isa("amx_bf16", torch.bfloat16, without_amx)
+    with pytest.raises(EngineError, match="computes in bfloat16 and the model runs in float16; choose auto or port"):
+        choose_isa("avx512", torch.float16, without_amx)
 
 
 def test_slots_are_tiled_in_place() -> None:

@@ -205,8 +205,8 @@ SAID_BY_COMPILED_CODE = {
     "x freed": "ValueError: the memory of x was freed",
     "topk_ids freed": "ValueError: the memory of topk_ids was freed",
     "topk_weights freed": "ValueError: the memory of topk_weights was freed",
-    "tiling meta": r"ValueError: w13 must be contiguous int16 words on the CPU .* on meta",
-    "tiling freed": r"ValueError: w13 must be .* with 0 bytes of memory",
+    "preparing meta": r"ValueError: w13 must be contiguous int16 words on the CPU .* on meta",
+    "preparing freed": r"ValueError: w13 must be .* with 0 bytes of memory",
     "no memory": r"RuntimeError: .*alloc",
     "after all that": "as before",
 }

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tests.kernels.cases import TRITON_DEVICE, Case
 from tests.kernels.cuts import CUTS, Cut, check
-from vllm_puzzle.kernels.triton import INTERPRETED
 from vllm_puzzle.kernels.triton.routing import route
+from vllm_puzzle.kernels.triton.target import INTERPRETED
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 

@@ -12,11 +12,10 @@ import triton.language as tl
 from tests.kernels.cases import INTERPRETED_TOLERANCE, TRITON_DEVICE, Case, check_what_is_not_finite
 from tests.kernels.cuts import CUTS, Cut, check, make_config
 from vllm_puzzle.format import pack
-from vllm_puzzle.kernels import TRITON, EngineError, choose_engine
-from vllm_puzzle.kernels.triton import INTERPRETED, find_undecodable_slot, triton_moe
+from vllm_puzzle.kernels import ENGINES, REFERENCE, TRITON, EngineError, choose_engine
 from vllm_puzzle.kernels.triton.configs import FOLDER, find_config, load_configs
-from vllm_puzzle.kernels.triton.engine import make_tiles
-from vllm_puzzle.kernels.triton.target import Target, current_target
+from vllm_puzzle.kernels.triton.moe import make_tiles, triton_moe
+from vllm_puzzle.kernels.triton.target import INTERPRETED, Target, current_target
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -119,9 +118,10 @@ def test_what_kernels_are_compiled_for_can_be_written_as_json() -> None:
 def test_magnitudes_that_float16_cannot_hold_are_found() -> None:
     masks, signs = [torch.tensor(True)] * 2, [torch.tensor(False)] * 2
     words = torch.stack([pack(torch.full((2, 2), value), masks, signs) for value in (1.0, 32640.0, 32768.0)])
-    assert find_undecodable_slot(words, torch.float16) == 2
-    assert find_undecodable_slot(words[:2], torch.float16) is None
-    assert find_undecodable_slot(words, torch.bfloat16) is None
+    engine = ENGINES[TRITON]
+    assert engine.check(words, torch.float16) == 2
+    assert engine.check(words[:2], torch.float16) is None
+    assert engine.check(words, torch.bfloat16) is None
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None = None) -> torch.device:
@@ -146,8 +146,8 @@ def test_the_engine_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(EngineError, match=r"needs a CUDA or ROCm device and torch .* sees none"):
         choose_engine(torch.device("cuda", 70), torch.bfloat16)
     hopper = gpu(monkeypatch, 9, 0)
-    assert choose_engine(hopper, torch.bfloat16) == "triton"
-    assert choose_engine(hopper, torch.float16) == "triton"
+    assert choose_engine(hopper, torch.bfloat16).name == TRITON
+    assert choose_engine(hopper, torch.float16).name == TRITON
     with pytest.raises(EngineError, match="bfloat16 and float16 and the model runs in float32; serve with --dtype"):
         choose_engine(hopper, torch.float32)
     with pytest.raises(EngineError, match=r"compute capability 8.0\), NVIDIA X/1 Y has 7.5"):
@@ -156,7 +156,7 @@ def test_the_engine_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(EngineError, match="computes on CUDA and ROCm devices, not on xpu"):
         choose_engine(torch.device("xpu"), torch.bfloat16)
     monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "reference")
-    assert choose_engine(hopper, torch.float32) == "reference"
+    assert choose_engine(hopper, torch.float32).name == REFERENCE
 
 
 def test_sums_are_split_while_programs_are_few() -> None:

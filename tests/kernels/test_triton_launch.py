@@ -10,7 +10,7 @@ import json
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from vllm_puzzle.kernels.triton import engine
+from vllm_puzzle.kernels.triton.moe import triton_moe
 from vllm_puzzle.kernels.triton.target import Target
 
 class Driver:
@@ -25,14 +25,14 @@ def watch(fn, compile, **rest):
 driver.set_active(Driver())
 triton.knobs.runtime.jit_post_compile_hook = watch
 JITFunction.__getitem__ = lambda self, grid: lambda *args, **kwargs: self.warmup(*args, grid=grid, **kwargs)
-engine.current_target = lambda device: Target("sm90", "none", num_sms=132, ptx=True)
+target = Target("sm90", "none", num_sms=132, ptx=True)
 
 def call(num_tokens, dtype):
     compiled.clear()
     x = torch.empty(num_tokens, 1024, dtype=dtype)
     w13, w2 = (torch.empty(16, *shape, dtype=torch.int16) for shape in ((512, 1024), (1024, 256)))
     ids, table = torch.zeros(num_tokens, 4, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
-    engine.triton_moe(x, w13, w2, table, torch.empty(num_tokens, 4), ids, "silu", False)
+    triton_moe(x, w13, w2, table, torch.empty(num_tokens, 4), ids, "silu", False, target=target)
     return list(compiled)
 
 print(json.dumps([call(5, torch.bfloat16), call(5, torch.bfloat16), call(6, torch.bfloat16), call(6, torch.float16)]))

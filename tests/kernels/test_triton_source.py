@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_puzzle.kernels import triton as engine
+from vllm_puzzle.kernels import triton
 
-MODULES = sorted(Path(engine.__file__).parent.glob("*.py"))
+MODULES = sorted(Path(triton.__file__).parent.glob("*.py"))
 
 
 def functions(module: Path) -> list[ast.FunctionDef]:

@@ -89,7 +89,7 @@ def test_counts_are_those_of_decoded_tensors(
     layers = slots_of(packed)
     assert [layer.layer for layer in inspection.layers] == [slots.layer for slots in layers]
     for slots, layer in zip(layers, inspection.layers, strict=True):
-        paired = {slots.members(slot)[0] for slot in range(slots.pairs)}
+        paired = {slots.first_member(slot) for slot in range(slots.pairs)}
         elements = shared = kept = 0
         exponents = torch.zeros(NUM_EXPONENTS, dtype=torch.int64)
         for name, words in tensors.items():

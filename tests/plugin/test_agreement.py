@@ -27,7 +27,7 @@ from tests.plugin.engine import (
 )
 from tests.tiny import add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.kernels.triton import INTERPRETED
+from vllm_puzzle.kernels.triton.target import INTERPRETED
 
 PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 MAX_TOKENS = 64

@@ -15,8 +15,8 @@ from triton.runtime.errors import OutOfResources
 
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.kernels.triton import INTERPRETED
 from vllm_puzzle.kernels.triton.configs import Config, load_configs
+from vllm_puzzle.kernels.triton.target import INTERPRETED
 from vllm_puzzle.tuning import tuner
 from vllm_puzzle.tuning.card import Call, Card
 from vllm_puzzle.tuning.gpu import gpu_of

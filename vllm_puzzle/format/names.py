@@ -50,7 +50,7 @@ def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantization
         where: what an error message calls the checkpoint.
     """
     first_members = {
-        slots.layer: {slots.members(slot)[0] for slot in range(slots.num_slots)} for slots in quantization.layers
+        slots.layer: {slots.first_member(slot) for slot in range(slots.num_slots)} for slots in quantization.layers
     }
     prefixes: dict[int, str] = {}
     projections: set[str] = set()

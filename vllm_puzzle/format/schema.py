@@ -59,9 +59,9 @@ class PuzzleMoEQuantizationConfig(Strict):
         indices = [layer.layer for layer in self.layers]
         if indices != sorted(set(indices)):
             raise ValueError(f"`layers` must be in ascending order without repetition, found {indices}")
-        block, rest = divmod(self.num_experts, self.max_expert_parallel)
+        experts_per_rank, rest = divmod(self.num_experts, self.max_expert_parallel)
         if rest:
-            raise ValueError(f"{self.num_experts} experts do not divide into {self.max_expert_parallel} blocks")
+            raise ValueError(f"{self.num_experts} experts do not divide evenly among {self.max_expert_parallel} ranks")
         for layer in self.layers:
             if layer.num_experts != self.num_experts:
                 raise ValueError(
@@ -69,10 +69,10 @@ class PuzzleMoEQuantizationConfig(Strict):
                 )
             for slot in range(layer.pairs):
                 first, second = layer.members(slot)
-                if first // block != second // block:
+                if first // experts_per_rank != second // experts_per_rank:
                     raise ValueError(
                         f"layer {layer.layer}: experts {first} and {second} share slot {slot} "
-                        f"but lie in different blocks of {block} experts"
+                        f"but belong to different ranks ({experts_per_rank} to a rank)"
                     )
         return self
 

@@ -40,10 +40,14 @@ class LayerSlots(Strict):
         return len(self.experts) - self.pairs
 
     def members(self, slot: int) -> tuple[int, ...]:
-        """The ids of the one or two experts in `slot`; the first one names its tensors."""
+        """The ids of the one or two experts in `slot`."""
         if slot < self.pairs:
             return self.experts[2 * slot], self.experts[2 * slot + 1]
         return (self.experts[self.pairs + slot],)
+
+    def first_member(self, slot: int) -> int:
+        """The id of the expert that is member 0 of `slot`, after which its tensors are named."""
+        return self.members(slot)[0]
 
     def local_slots(self, experts: Collection[int] | None = None) -> list[int]:
         """The slots that a rank with `experts` (None: all of them) holds, in slot order.
@@ -76,12 +80,12 @@ class LayerSlots(Strict):
 
 
 def default_max_expert_parallel(num_experts: int) -> int:
-    """The largest power of two up to 8 that cuts the experts into even blocks of at least 4; 1 if there is none.
+    """The largest power of two up to 8 ranks that each hold an even number of experts, at least 4; 1 if there is none.
 
-    Even, because a block with an odd number of experts leaves one without a mate and 50 % out of reach.
+    Even, because a rank with an odd number of experts leaves one without a mate and 50 % out of reach.
     """
     for ranks in (8, 4, 2):
-        block, rest = divmod(num_experts, ranks)
-        if rest == 0 and block >= 4 and block % 2 == 0:
+        experts_per_rank, rest = divmod(num_experts, ranks)
+        if rest == 0 and experts_per_rank >= 4 and experts_per_rank % 2 == 0:
             return ranks
     return 1

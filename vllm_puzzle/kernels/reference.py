@@ -1,17 +1,38 @@
-"""The reference engine: plain torch, on any device; what every other engine is held against."""
+"""The reference engine: plain torch, on any device; what every other engine is compared with."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from vllm_puzzle.format import unpack
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
-}
+from .activations import ACTIVATIONS
+from .checks import check_call
+from .engine import Arguments, Engine
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class ReferenceEngine(Engine):
+    """Decodes the slots that have tokens, one member at a time, and waits for the device."""
+
+    name = family = REFERENCE
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    can_be_captured = False
+
+    def suits(self, device: torch.device) -> bool:
+        return True
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> Engine:
+        return self
+
+    def run(self, *arguments: *Arguments) -> torch.Tensor:
+        check_call(self, *arguments)
+        return reference_moe(*arguments)
+
+
+REFERENCE_ENGINE = ReferenceEngine()
 
 
 def reference_moe(
@@ -24,7 +45,7 @@ def reference_moe(
     activation: str,
     apply_router_weight_on_input: bool,
 ) -> torch.Tensor:
-    """See `packed_moe`. Decodes the slots that have tokens, one member at a time, and synchronizes with the device."""
+    """See `packed_moe`; shapes are not checked."""
     num_experts, num_slots = len(slot_of_expert), len(w13)
     if topk_ids.numel() and topk_ids.max() >= num_experts:
         raise ValueError(f"topk_ids holds {int(topk_ids.max())}, there are {num_experts} experts")

@@ -1,12 +1,26 @@
 """Copying packed tensors into a layer's parameters, and counting that each one came exactly once."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from ..format import FormatError, LayerSlots, packed_name
 
 _SHARDS = ("w1", "w3", "w2")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of an expert's three matrices in the checkpoint.
+
+    Attributes:
+        name: what it is called there, e.g. gate_proj.
+        shape: (rows, columns), before it is split among ranks.
+    """
+
+    name: str
+    shape: tuple[int, int]
 
 
 class PackedExpertLoader:
@@ -26,25 +40,26 @@ class PackedExpertLoader:
         layer_name: str,
         slots: LayerSlots,
         local_slots: list[int],
-        projections: dict[str, str],
-        full_shapes: dict[str, tuple[int, int]],
+        projections: dict[str, Projection],
         tp_rank: int,
         tp_size: int,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`projections` and `full_shapes` give, by shard id, the name on disk and the shape before it is split.
+        """The parameters may have more rows and columns than this rank's part; those become zero.
 
-        The parameters may have more rows and columns than this rank's part; those become zero. `failed` is called
-        before an error leaves the loader.
+        Args:
+            layer_name: names the layer's experts, as the prefix of their tensors.
+            local_slots: the slots of this rank, in the order of the parameters.
+            projections: by shard id.
+            failed: called before an error leaves the loader.
         """
         self._layer_name = layer_name
         self._projections = projections
-        self._full_shapes = full_shapes
         self._tp_rank = tp_rank
         self._tp_size = tp_size
         self._slots = slots
-        self._position = {slots.members(slot)[0]: index for index, slot in enumerate(local_slots)}
-        self._first_members = {slots.members(slot)[0] for slot in range(slots.num_slots)}
+        self._position = {slots.first_member(slot): index for index, slot in enumerate(local_slots)}
+        self._first_members = {slots.first_member(slot) for slot in range(slots.num_slots)}
         self._loaded: set[tuple[int, str]] = set()
         self._failed = failed
 
@@ -77,7 +92,7 @@ class PackedExpertLoader:
             return False
         if not param.is_meta and (expert_id, shard_id) in self._loaded:
             raise FormatError(f"{name} is in the checkpoint more than once")
-        full_shape = self._full_shapes[shard_id]
+        full_shape = self._projections[shard_id].shape
         if loaded_weight.dtype != param.dtype or tuple(loaded_weight.shape) != full_shape:
             raise FormatError(
                 f"{name} is {loaded_weight.dtype} {list(loaded_weight.shape)}, this model needs {param.dtype} "
@@ -118,4 +133,4 @@ class PackedExpertLoader:
         self._loaded.clear()
 
     def _name(self, expert: int, shard_id: str) -> str:
-        return packed_name(self._layer_name, expert, self._projections[shard_id])
+        return packed_name(self._layer_name, expert, self._projections[shard_id].name)

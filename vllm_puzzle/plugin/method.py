@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from ..format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
-from ..kernels import TRITON, choose_engine, cpu_isa
-from ..kernels.cpu import empty_slots, padded, reserve_workspace, tile_slots_
+from ..kernels import choose_engine
 from .host import FusedMoEMethodBase, RoutedExperts, current_platform, get_current_vllm_config, logger
-from .loader import PackedExpertLoader
+from .loader import PackedExpertLoader, Projection
 from .lora import refuse_expert_adapters
 from .refusals import refuse_to_save, refuse_unsupported
 from .reload import PackedParameter, check_same_slots, end_round, put_running_weights_back, wait_for_weights
@@ -26,7 +25,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
-        self._engine = choose_engine(torch.device(current_platform.device_type), layer.moe_config.in_dtype)
+        device, layout = torch.device(current_platform.device_type), word_layout(quantization.bits)
+        self._engine = choose_engine(device, layer.moe_config.in_dtype, layout)
+        self._engine_name = self._engine.name
         vllm_config = get_current_vllm_config()
         refuse_unsupported(layer, self._engine, vllm_config)
         refuse_to_save(layer)
@@ -57,7 +58,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         self._served = vllm_config.model_config.model
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
         self._max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine)
+        logger.info_once("Routed experts run from packed pairs on the engine %s.", self._engine_name)
 
     def create_weights(
         self,
@@ -75,42 +76,33 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"{layer.layer_name} has hidden_size {sizes[0]} and intermediate_size {sizes[1]}, quantization_config "
                 f"says {packed[0]} and {packed[1]}"
             )
-        hidden, intermediate = packed
-        self._loader = PackedExpertLoader(
-            layer_name=layer.layer_name,
-            slots=self._slots,
-            local_slots=self._local_slots,
-            projections={
-                "w1": layer.ckpt_gate_proj_name,
-                "w3": layer.ckpt_up_proj_name,
-                "w2": layer.ckpt_down_proj_name,
-            },
-            full_shapes={
-                "w1": (intermediate, hidden),
-                "w3": (intermediate, hidden),
-                "w2": (hidden, intermediate),
-            },
-            tp_rank=self.moe.tp_rank,
-            tp_size=self.moe.tp_size,
-            failed=self._abandon_reload,
-        )
+        self._loader = self._make_loader(layer)
         num_slots = len(self._local_slots)
         # Zeros, since load_format=dummy fills floating parameters only and any other bits could be infinities.
-        if cpu_isa(self._engine) is None:
-            dtype = word_layout(self._quantization.bits).dtype
-            w13 = torch.zeros(num_slots, 2 * intermediate_size_per_partition, hidden_size, dtype=dtype)
-            w2 = torch.zeros(num_slots, hidden_size, intermediate_size_per_partition, dtype=dtype)
-        else:
-            rows, columns = padded(intermediate_size_per_partition), padded(hidden_size)
-            w13 = empty_slots(num_slots, 2 * rows, columns)
-            w2 = empty_slots(num_slots, columns, rows)
-        loaded = num_slots * intermediate_size_per_partition * hidden
+        w13, w2 = self._engine.allocate(num_slots, hidden_size, intermediate_size_per_partition)
+        loaded = num_slots * intermediate_size_per_partition * hidden_size
         for name, words, numel in (("w13_weight_packed", w13, 2 * loaded), ("w2_weight_packed", w2, loaded)):
             layer.register_parameter(name, PackedParameter(words, self._loader, numel, self._begin_reload))
         table = self._slots.slot_of_expert(self._local_slots).to(layer.w13_weight_packed.device)
         # The table follows from the config, and a reload does not wait for it.
         table.weight_loader_numel = 0  # type: ignore[attr-defined]
         layer.register_buffer("slot_of_expert", table, persistent=False)
+
+    def _make_loader(self, layer: RoutedExperts) -> PackedExpertLoader:
+        hidden, intermediate = self._quantization.hidden_size, self._quantization.intermediate_size
+        return PackedExpertLoader(
+            layer_name=layer.layer_name,
+            slots=self._slots,
+            local_slots=self._local_slots,
+            projections={
+                "w1": Projection(layer.ckpt_gate_proj_name, (intermediate, hidden)),
+                "w3": Projection(layer.ckpt_up_proj_name, (intermediate, hidden)),
+                "w2": Projection(layer.ckpt_down_proj_name, (hidden, intermediate)),
+            },
+            tp_rank=self.moe.tp_rank,
+            tp_size=self.moe.tp_size,
+            failed=self._abandon_reload,
+        )
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Puts the words into the engine's order.
@@ -135,12 +127,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         if self._reloading:
             # Again: where an error of vLLM's own ended the last reload, this one began without asking.
             self._check_slots()
-        isa = cpu_isa(self._engine)
-        if isa is not None:
-            tile_slots_(layer.w13_weight_packed, layer.w2_weight_packed)
-            reserve_workspace(isa, layer.w2_weight_packed, self._max_num_tokens, self.moe.experts_per_token)
-        if self._engine == TRITON:
-            self._check_decodable(layer)
+        w13, w2 = layer.w13_weight_packed, layer.w2_weight_packed
+        self._engine.prepare(w13, w2, self._max_num_tokens, self.moe.experts_per_token)
+        self._check_words(layer)
 
     def _begin_reload(self) -> None:
         """Raises FormatError where the checkpoint is packed otherwise; the engine then runs on as it did."""
@@ -168,18 +157,14 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             wait_for_weights(layer)
             self._waiting = False
 
-    def _check_decodable(self, layer: RoutedExperts) -> None:
-        # Imported late: Triton need not be installed for the other engines.
-        from ..kernels.triton import find_undecodable_slot
-
-        dtype = self.moe.in_dtype
+    def _check_words(self, layer: RoutedExperts) -> None:
         for name in ("w13_weight_packed", "w2_weight_packed"):
-            slot = find_undecodable_slot(getattr(layer, name), dtype)
+            slot = self._engine.check(getattr(layer, name), self.moe.in_dtype)
             if slot is not None:
+                expert = self._slots.first_member(self._local_slots[slot])
                 raise FormatError(
                     f"{layer.layer_name}.{name} has a weight of magnitude 32768 or more in the slot of expert "
-                    f"{self._slots.members(self._local_slots[slot])[0]}, which float16 cannot hold; serve with --dtype "
-                    f"bfloat16"
+                    f"{expert}, which float16 cannot hold; serve with --dtype bfloat16"
                 )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
@@ -203,5 +188,5 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             topk_ids,
             self._activation,
             layer.apply_router_weight_on_input,
-            self._engine,
+            self._engine_name,
         )

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels import ACTIVATIONS, REFERENCE
+from ..kernels import ACTIVATIONS, Engine
 from .host import RoutedExperts, VllmConfig, current_platform
 
 # They copy into the parameters what a running engine's parameters held, past the weight loaders.
@@ -10,7 +10,7 @@ _LOAD_FORMATS_OF_ENGINES = ("sharded_state", "runai_streamer_sharded", "tensoriz
 _ATTENTION = "q_proj k_proj v_proj o_proj"
 
 
-def refuse_unsupported(layer: RoutedExperts, engine: str, vllm_config: VllmConfig) -> None:
+def refuse_unsupported(layer: RoutedExperts, engine: Engine, vllm_config: VllmConfig) -> None:
     """Raises NotImplementedError for the first thing that is not supported, with the layer and what to do instead."""
     moe = layer.moe_config
     parallel = moe.moe_parallel_config
@@ -36,7 +36,7 @@ def refuse_unsupported(layer: RoutedExperts, engine: str, vllm_config: VllmConfi
         f"--load-format {load_format} (use auto, or runai_streamer, with the packed checkpoint)": load_format
         in _LOAD_FORMATS_OF_ENGINES,
         "shared experts fused into the routed ones": layer.expert_map_manager.num_fused_shared_experts > 0,
-        "graph capture on a GPU with the reference engine (add --enforce-eager)": engine == REFERENCE
+        f"graph capture on a GPU with the {engine.name} engine (add --enforce-eager)": not engine.can_be_captured
         and not current_platform.is_cpu()
         and not eager,
     }

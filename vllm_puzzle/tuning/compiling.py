@@ -121,8 +121,8 @@ def compile_call(
     """
     import torch
 
-    from vllm_puzzle.kernels.triton import triton_moe
     from vllm_puzzle.kernels.triton.configs import Config
+    from vllm_puzzle.kernels.triton.moe import triton_moe
 
     num_slots, inner = num_slots or shape.num_slots, shape.intermediate_size
     # One slot in memory stands for all.

@@ -8,8 +8,8 @@ import torch
 from triton.errors import TritonError
 
 from vllm_puzzle.kernels import REFERENCE
-from vllm_puzzle.kernels.triton import triton_moe
 from vllm_puzzle.kernels.triton.configs import Config
+from vllm_puzzle.kernels.triton.moe import triton_moe
 
 from .card import Card
 from .layer import PackedLayer, draw, relative_difference

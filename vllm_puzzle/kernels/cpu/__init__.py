@@ -1,16 +1,18 @@
 """The CPU engine; importing it loads no compiled code."""
 
-from .engine import cpu_moe, empty_slots, fits_cpu, has_memory, padded, reserve_workspace, tile_slots_
-from .library import Isa, unusable, usable_isas
+from .engine import CPU_ENGINES, CpuEngine
+from .levels import choose_isa, unusable, usable_isas
+from .library import Isa
+from .slots import empty_slots, tile_slots_
+from .workspace import WORKSPACE
 
 __all__ = [
+    "CPU_ENGINES",
+    "WORKSPACE",
+    "CpuEngine",
     "Isa",
-    "cpu_moe",
+    "choose_isa",
     "empty_slots",
-    "fits_cpu",
-    "has_memory",
-    "padded",
-    "reserve_workspace",
     "tile_slots_",
     "unusable",
     "usable_isas",

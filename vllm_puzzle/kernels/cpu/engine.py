@@ -1,119 +1,134 @@
-"""The CPU engine: packed slots in tile order, multiplied by the compiled kernels."""
+"""The CPU engine: one object for each instruction set, over the same compiled library."""
 
-import ctypes
-import math
-import mmap
-import threading
-import warnings
+import os
+from dataclasses import dataclass
 
 import torch
 
-from .library import CALL_LAYOUT, Isa, load_library
+from ..checks import check_call, misfit
+from ..engine import Engine, padded
+from ..errors import EngineError
+from .levels import choose_isa, unusable
+from .library import CALL_LAYOUT, Activation, Dtype, IdType, Isa, Refusal, load_library
+from .slots import BLOCK, empty_slots, tile_slots_
+from .workspace import WORKSPACE
 
-# Rows and columns come in blocks of 32 (csrc/tiles.h).
-_BLOCK = 32
-_CACHE_LINE = 64
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-
-
-class _Workspace:
-    """The one buffer that all layers of the process share, since they run one after the other."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.address = 0
-        self.num_bytes = 0
-        self.call = ctypes.create_string_buffer(CALL_LAYOUT.size)
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def grow(self, num_bytes: int) -> None:
-        if num_bytes > self.num_bytes:
-            # The old one goes first: both at once would be a peak that nobody asked for. Its size goes with it, since
-            # there may be no memory for the new one.
-            self.address = self.num_bytes = 0
-            self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(num_bytes + _CACHE_LINE, dtype=torch.uint8)
-            self.address = -(-self._buffer.data_ptr() // _CACHE_LINE) * _CACHE_LINE
-            self.num_bytes = num_bytes
+_DTYPES = {torch.bfloat16: Dtype.BFLOAT16, torch.float16: Dtype.FLOAT16, torch.float32: Dtype.FLOAT32}
+_ID_TYPES = {torch.int32: IdType.INT32, torch.int64: IdType.INT64}
+_ACTIVATIONS = {"silu": Activation.SILU, "gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH}
 
 
-_workspace = _Workspace()
+@dataclass(frozen=True)
+class CpuEngine(Engine):
+    """The kernels for one instruction set. A result does not depend on the number of threads."""
 
+    isa: Isa
 
-def padded(size: int) -> int:
-    """`size` rounded up to the next multiple of 32, which is what the kernels compute in."""
-    return -(-size // _BLOCK) * _BLOCK
+    family = "cpu"
+    multiple = BLOCK
+    # There is no graph to hold it.
+    can_be_captured = False
 
+    @property
+    def name(self) -> str:
+        return f"cpu-{self.isa.name.lower()}"
 
-def empty_slots(num_slots: int, rows: int, columns: int) -> torch.Tensor:
-    """Zero words for slots that are still to be loaded, on huge pages: decoding is one stream through memory.
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(_DTYPES) if self.isa is Isa.PORTABLE else (torch.bfloat16,)
 
-    Returns:
-        (num_slots, rows, columns), int16.
-    """
-    shape = (num_slots, rows, columns)
-    if not math.prod(shape):
-        return torch.zeros(shape, dtype=torch.int16)
-    memory = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError as error:
-        warnings.warn(f"packed experts lie on small pages, which slows them down: {error}", stacklevel=2)
-    return torch.frombuffer(memory, dtype=torch.int16).view(shape)
+    def suits(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
-
-def tile_slots_(w13: torch.Tensor, w2: torch.Tensor) -> None:
-    """Puts words into the order in which the kernels read them, in place, with a copy of one slot at a time.
-
-    Args:
-        w13: (num_slots, 2 * padded intermediate_size, padded hidden_size), int16, gate rows above up rows.
-        w2: (num_slots, padded hidden_size, padded intermediate_size), int16.
-
-    Raises:
-        ValueError: sizes that are not multiples of 32, or tensors that are not contiguous int16 on the CPU, with memory
-            of their own for every word.
-    """
-    half = w13.shape[1] // 2
-    for name, words, block in (("w13", w13, 2 * _BLOCK), ("w2", w2, _BLOCK)):
-        if (
-            words.shape[1] % block
-            or words.shape[2] % _BLOCK
-            or not words.is_contiguous()
-            or words.dtype != torch.int16
-            or not words.is_cpu
-            or not has_memory(words)
-        ):
-            raise ValueError(
-                f"{name} must be contiguous int16 words on the CPU in sizes that are multiples of {_BLOCK}; it is "
-                f"{words.dtype} {list(words.shape)} on {words.device}, with {words.untyped_storage().nbytes()} bytes "
-                f"of memory"
+    def choose(self, device: torch.device, dtype: torch.dtype) -> Engine:
+        if device.type != "cpu":
+            raise EngineError(
+                f"VLLM_PUZZLE_ENGINE=cpu cannot compute on {device.type}; choose VLLM_PUZZLE_ENGINE=auto or reference"
             )
-    library = load_library()
-    scratch = torch.empty(max(w13.shape[1] * w13.shape[2], w2.shape[1] * w2.shape[2]), dtype=torch.int16)
-    for words, first_step, second_begin in ((w13, _BLOCK // 2, half), (w2, _BLOCK, _BLOCK // 2)):
-        for slot in words:
-            library.puzzlemoe_tile_slot(
-                slot.data_ptr(), scratch.data_ptr(), words.shape[1], words.shape[2], first_step, second_begin
-            )
+        return CPU_ENGINES[choose_isa(os.environ.get("VLLM_PUZZLE_CPU_ISA", "auto"), dtype)]
+
+    def allocate(self, num_slots: int, hidden_size: int, intermediate_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, intermediate = padded(hidden_size, BLOCK), padded(intermediate_size, BLOCK)
+        return empty_slots(num_slots, 2 * intermediate, hidden), empty_slots(num_slots, hidden, intermediate)
+
+    def prepare(self, w13: torch.Tensor, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
+        tile_slots_(w13, w2)
+        num_slots, padded_hidden, padded_intermediate = w2.shape
+        with WORKSPACE.lock:
+            sizes = (0, max_num_tokens, padded_hidden, padded_hidden, padded_intermediate, num_slots, 0, top_k)
+            CALL_LAYOUT.pack_into(WORKSPACE.call, 0, *[0] * 8, *sizes, 0, 0, 0, 0, self.isa, 0)
+            WORKSPACE.grow(load_library().puzzlemoe_workspace_bytes(WORKSPACE.call))
+
+    # Every line costs time here, see CALL_LAYOUT: hence one function, and one expression where all is well.
+    def run(
+        self,
+        x: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        slot_of_expert: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: str,
+        apply_router_weight_on_input: bool,
+    ) -> torch.Tensor:
+        if reason := unusable(self.isa):
+            raise EngineError(f"the engine {self.name} cannot be used: {reason}")
+        if not (activation in _ACTIVATIONS and _fits(self.isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids)):
+            tensors = (x, w13, w2, slot_of_expert, topk_weights, topk_ids)
+            check_call(self, *tensors, activation, apply_router_weight_on_input)
+            raise misfit(self, *tensors)
+        if topk_weights.dtype is not torch.float32:
+            topk_weights = topk_weights.float()
+        if not (x.is_contiguous() and topk_weights.is_contiguous() and topk_ids.is_contiguous()):
+            x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
+        num_tokens, hidden_size = x.shape
+        num_slots, padded_hidden, padded_intermediate = w2.shape
+        output = torch.empty_like(x)
+        run = load_library().puzzlemoe_packed_moe
+        with WORKSPACE.lock:
+            # A second turn only where the workspace was too small, which `prepare` is there to prevent.
+            for _ in range(2):
+                CALL_LAYOUT.pack_into(
+                    WORKSPACE.call,
+                    0,
+                    x.data_ptr(),
+                    w13.data_ptr(),
+                    w2.data_ptr(),
+                    slot_of_expert.data_ptr(),
+                    topk_weights.data_ptr(),
+                    topk_ids.data_ptr(),
+                    output.data_ptr(),
+                    WORKSPACE.address,
+                    WORKSPACE.num_bytes,
+                    num_tokens,
+                    hidden_size,
+                    padded_hidden,
+                    padded_intermediate,
+                    num_slots,
+                    slot_of_expert.shape[0],
+                    topk_ids.shape[1],
+                    _ID_TYPES[topk_ids.dtype],
+                    _DTYPES[x.dtype],
+                    _ACTIVATIONS[activation],
+                    apply_router_weight_on_input,
+                    self.isa,
+                    0,
+                )
+                result: int = run(WORKSPACE.call)
+                if result <= 0:
+                    break
+                WORKSPACE.grow(result)
+        if result < 0:
+            made_for_call = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids, "output": output}
+            raise ValueError(_refusal(result, made_for_call, slot_of_expert, num_slots))
+        return output
 
 
-def reserve_workspace(isa: Isa, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
-    """Makes room for calls of up to `max_num_tokens` tokens with these weights; a larger call makes its own."""
-    num_slots, padded_hidden, padded_intermediate = w2.shape
-    with _workspace.lock:
-        sizes = (0, max_num_tokens, padded_hidden, padded_hidden, padded_intermediate, num_slots, 0, top_k)
-        CALL_LAYOUT.pack_into(_workspace.call, 0, *[0] * 8, *sizes, 0, 0, 0, 0, isa, 0)
-        _workspace.grow(load_library().puzzlemoe_workspace_bytes(_workspace.call))
+CPU_ENGINES = tuple(CpuEngine(isa) for isa in Isa)
+"""By rising capability; the index is the Isa."""
 
 
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a contiguous tensor's storage, which can be resized under it, still holds all of it."""
-    words = tensor.storage_offset() + tensor.numel()
-    return bool(tensor.untyped_storage().nbytes() >= words * tensor.itemsize)
-
-
-def fits_cpu(
+def _fits(
     isa: Isa,
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -122,13 +137,13 @@ def fits_cpu(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
 ) -> bool:
-    """Whether `cpu_moe` takes these: compiled code sees addresses, and would trust anything."""
+    """Whether `run` takes these: compiled code sees addresses, and would trust anything."""
     num_slots, rows, columns = w13.shape
     num_tokens, hidden_size = x.shape
     return (
-        0 <= columns - hidden_size < _BLOCK
-        and not columns % _BLOCK
-        and not rows % (2 * _BLOCK)
+        0 <= columns - hidden_size < BLOCK
+        and not columns % BLOCK
+        and not rows % (2 * BLOCK)
         and w2.shape == (num_slots, columns, rows // 2)
         and topk_ids.shape[0] == num_tokens
         and topk_ids.shape == topk_weights.shape
@@ -136,7 +151,7 @@ def fits_cpu(
         and w13.dtype is torch.int16
         and w2.dtype is torch.int16
         and slot_of_expert.dtype is torch.int32
-        and (topk_ids.dtype is torch.int32 or topk_ids.dtype is torch.int64)
+        and topk_ids.dtype in _ID_TYPES
         and w13.is_contiguous()
         and w2.is_contiguous()
         and slot_of_expert.is_contiguous()
@@ -154,77 +169,15 @@ def fits_cpu(
     )
 
 
-def cpu_moe(
-    isa: Isa,
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    slot_of_expert: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str,
-    apply_router_weight_on_input: bool,
-) -> torch.Tensor:
-    """See `packed_moe`, which has checked the arguments; w13 and w2 are as `tile_slots_` left them.
-
-    The result does not depend on the number of threads.
-    """
-    if topk_weights.dtype is not torch.float32:
-        topk_weights = topk_weights.float()
-    if not (x.is_contiguous() and topk_weights.is_contiguous() and topk_ids.is_contiguous()):
-        x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
-    num_tokens, hidden_size = x.shape
-    num_slots, padded_hidden, padded_intermediate = w2.shape
-    output = torch.empty_like(x)
-    run = load_library().puzzlemoe_packed_moe
-    with _workspace.lock:
-        # A second turn only where the workspace was too small, which `reserve_workspace` is there to prevent.
-        for _ in range(2):
-            CALL_LAYOUT.pack_into(
-                _workspace.call,
-                0,
-                x.data_ptr(),
-                w13.data_ptr(),
-                w2.data_ptr(),
-                slot_of_expert.data_ptr(),
-                topk_weights.data_ptr(),
-                topk_ids.data_ptr(),
-                output.data_ptr(),
-                _workspace.address,
-                _workspace.num_bytes,
-                num_tokens,
-                hidden_size,
-                padded_hidden,
-                padded_intermediate,
-                num_slots,
-                slot_of_expert.shape[0],
-                topk_ids.shape[1],
-                topk_ids.dtype is torch.int64,
-                _DTYPES[x.dtype],
-                _ACTIVATIONS[activation],
-                apply_router_weight_on_input,
-                isa,
-                0,
-            )
-            result: int = run(_workspace.call)
-            if result <= 0:
-                break
-            _workspace.grow(result)
-    if result < 0:
-        tensors = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids, "output": output}
-        raise ValueError(_refusal(result, tensors, slot_of_expert, num_slots))
-    return output
-
-
-def _refusal(result: int, tensors: dict[str, torch.Tensor], slot_of_expert: torch.Tensor, num_slots: int) -> str:
-    """What a PuzzleMoeRefusal of csrc/abi.h means for these tensors."""
-    if result == -1:
-        return f"topk_ids holds {int(tensors['topk_ids'].max())}, there are {slot_of_expert.shape[0]} experts"
-    if result == -2:
+def _refusal(result: int, made_for_call: dict[str, torch.Tensor], slot_of_expert: torch.Tensor, num_slots: int) -> str:
+    """What a Refusal means for these tensors."""
+    if result == Refusal.UNKNOWN_EXPERT:
+        return f"topk_ids holds {int(made_for_call['topk_ids'].max())}, there are {slot_of_expert.shape[0]} experts"
+    if result == Refusal.UNKNOWN_SLOT:
         return (
             f"slot_of_expert holds {int(slot_of_expert.max())}, {num_slots} slots have codes 0 to {2 * num_slots - 1}"
         )
-    if result == -3:
-        freed = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.data_ptr()]
+    if result == Refusal.MISSING_ADDRESS:
+        freed = [name for name, tensor in made_for_call.items() if tensor.numel() and not tensor.data_ptr()]
         return f"the memory of {' and '.join(freed)} was freed"
-    return f"topk_ids {list(tensors['topk_ids'].shape)} or {num_slots} slots are more than 32 bits can count"
+    return f"topk_ids {list(made_for_call['topk_ids'].shape)} or {num_slots} slots are more than 32 bits can count"

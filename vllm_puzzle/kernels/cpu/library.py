@@ -1,4 +1,4 @@
-"""The compiled library behind ctypes: finding it, its functions, what this machine lets it use."""
+"""The compiled library behind ctypes: finding it, its functions, the numbers that its calls are made of."""
 
 import ctypes
 import struct
@@ -25,6 +25,46 @@ class Isa(IntEnum):
     AMX_BF16 = 4
 
 
+class IsaStatus(IntEnum):
+    """What `puzzlemoe_isa_status` returns: `PuzzleMoeIsaStatus` of csrc/abi.h."""
+
+    USABLE = 0
+    CPU_LACKS_IT = 1
+    KERNEL_REFUSES_IT = 2
+
+
+class Dtype(IntEnum):
+    """Of activations: `PuzzleMoeDtype` of csrc/abi.h."""
+
+    BFLOAT16 = 0
+    FLOAT16 = 1
+    FLOAT32 = 2
+
+
+class IdType(IntEnum):
+    """Of expert ids: `PuzzleMoeIdType` of csrc/abi.h."""
+
+    INT32 = 0
+    INT64 = 1
+
+
+class Activation(IntEnum):
+    """`PuzzleMoeActivation` of csrc/abi.h."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+
+
+class Refusal(IntEnum):
+    """Why a call was not computed: `PuzzleMoeRefusal` of csrc/abi.h."""
+
+    UNKNOWN_EXPERT = -1
+    UNKNOWN_SLOT = -2
+    MISSING_ADDRESS = -3
+    TOO_MANY_ROWS = -4
+
+
 # `PuzzleMoeCall` of csrc/abi.h: 8 addresses, 8 sizes, 6 choices. Packed in one go, since a call from Python runs on
 # caches that the weights of the last layer have swept, where every line of it costs about a microsecond.
 CALL_LAYOUT = struct.Struct("=8Q8q6i")
@@ -46,18 +86,3 @@ def load_library() -> ctypes.CDLL:
     library.puzzlemoe_tile_slot.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
     library.puzzlemoe_tile_slot.restype = None
     return library
-
-
-@cache
-def unusable(isa: Isa) -> str | None:
-    """Why this machine cannot use an ISA level, None where it can."""
-    return {
-        0: None,
-        1: "this CPU does not have it",
-        2: "the kernel does not permit AMX tiles (arch_prctl ARCH_REQ_XCOMP_PERM)",
-    }[load_library().puzzlemoe_isa_status(isa)]
-
-
-def usable_isas() -> list[Isa]:
-    """The levels that this machine can use, the most capable last."""
-    return [isa for isa in Isa if unusable(isa) is None]

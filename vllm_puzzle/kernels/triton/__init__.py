@@ -1,6 +1,5 @@
-"""The Triton engine; importing it imports Triton."""
+"""The Triton engine; importing it does not import Triton."""
 
-from .engine import DTYPES, find_undecodable_slot, fits_triton, triton_moe
-from .target import INTERPRETED, current_target
+from .engine import TRITON, TRITON_ENGINE
 
-__all__ = ["DTYPES", "INTERPRETED", "current_target", "find_undecodable_slot", "fits_triton", "triton_moe"]
+__all__ = ["TRITON", "TRITON_ENGINE"]

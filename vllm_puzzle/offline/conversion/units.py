@@ -111,7 +111,7 @@ def _plan(job: Job, layer: int | None, slots: LayerSlots | None) -> Iterator[Pla
         return
     for slot in range(slots.num_slots):
         for projection in shape.family.projections:
-            name = packed_name(shape.experts_prefix(layer), slots.members(slot)[0], projection)
+            name = packed_name(shape.experts_prefix(layer), slots.first_member(slot), projection)
             size = shape.projection_shape(projection)
             yield Planned(name, WORD16.safetensors_dtype, size, 2 * size[0] * size[1])
 

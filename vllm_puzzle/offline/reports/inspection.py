@@ -103,7 +103,7 @@ def _inspect_layer(
     prefix, projections = packed.shape.experts_prefix(slots.layer), packed.shape.family.projections
     pairs, alone = counter.no_words(), counter.no_words()
     for slot in range(slots.num_slots):
-        names = [packed_name(prefix, slots.members(slot)[0], projection) for projection in projections]
+        names = [packed_name(prefix, slots.first_member(slot), projection) for projection in projections]
         counts = pairs if slot < slots.pairs else alone
         for words in packed.checkpoint.read(names).values():
             counts += counter.count(words)

@@ -1,4 +1,4 @@
-// The C ABI of the CPU engine: what library.py mirrors with ctypes. No torch, no Python, no C++ types.
+// The C ABI of the CPU engine, whose enums and call library.py mirrors. No torch, no Python, no C++ types.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +24,8 @@ enum PuzzleMoeIsaStatus : int32_t {
 
 enum PuzzleMoeDtype : int32_t { PUZZLEMOE_BFLOAT16 = 0, PUZZLEMOE_FLOAT16 = 1, PUZZLEMOE_FLOAT32 = 2 };
 
+enum PuzzleMoeIdType : int32_t { PUZZLEMOE_INT32 = 0, PUZZLEMOE_INT64 = 1 };
+
 enum PuzzleMoeActivation : int32_t { PUZZLEMOE_SILU = 0, PUZZLEMOE_GELU = 1, PUZZLEMOE_GELU_TANH = 2 };
 
 // One call of the operator. Rows are contiguous. padded_* are multiples of 32; w13 and w2 are in tile order (tiles.h).
@@ -33,7 +35,7 @@ struct PuzzleMoeCall {
     const uint16_t* w2;             // num_slots matrices of padded_hidden x padded_intermediate words
     const int32_t* slot_of_expert;  // (num_experts), 2 * slot + member or -1
     const float* topk_weights;      // (num_tokens, top_k)
-    const void* topk_ids;           // (num_tokens, top_k), int32 or int64
+    const void* topk_ids;           // (num_tokens, top_k), id_type
     void* output;                   // (num_tokens, hidden_size), dtype
     void* workspace;                // aligned to 64 bytes
     int64_t workspace_bytes;
@@ -44,16 +46,16 @@ struct PuzzleMoeCall {
     int64_t num_slots;
     int64_t num_experts;
     int64_t top_k;
-    int32_t ids_are_int64;
-    int32_t dtype;
-    int32_t activation;
-    int32_t weight_on_input;
-    int32_t isa;
+    PuzzleMoeIdType id_type;
+    PuzzleMoeDtype dtype;
+    PuzzleMoeActivation activation;
+    int32_t weight_on_input;  // 0: router weights scale what an expert puts out; otherwise, what is put in
+    PuzzleMoeIsa isa;
     int32_t num_threads;  // set by the functions below: what the OpenMP pool gives to the calling thread
 };
 
 // Whether this CPU and this kernel let the process use an ISA level. Asks for AMX tile permission once.
-PUZZLEMOE_EXPORT int32_t puzzlemoe_isa_status(int32_t isa);
+PUZZLEMOE_EXPORT PuzzleMoeIsaStatus puzzlemoe_isa_status(PuzzleMoeIsa isa);
 
 // The bytes of workspace that a call of these sizes needs; pointers are not looked at.
 PUZZLEMOE_EXPORT int64_t puzzlemoe_workspace_bytes(const PuzzleMoeCall* call);

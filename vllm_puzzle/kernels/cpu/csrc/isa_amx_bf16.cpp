@@ -5,6 +5,8 @@
 
 namespace {
 
+// Tile registers go by their numbers, which the compiler's macros paste into assembly: 0 to 3 are sums, 4 and 5
+// activations, 6 and 7 weights.
 struct AmxBf16 {
     using Act = uint16_t;
     static constexpr bool kDecodesInRegisters = true;

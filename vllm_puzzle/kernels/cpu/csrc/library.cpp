@@ -30,7 +30,7 @@ uint64_t saved_state() {
 
 bool saves(uint64_t bits) { return (saved_state() & bits) == bits; }
 
-bool cpu_has(int32_t isa) {
+bool cpu_has(PuzzleMoeIsa isa) {
     uint32_t a1 = 0, b1 = 0, c1 = 0, d1 = 0, a7 = 0, b7 = 0, c7 = 0, d7 = 0, a71 = 0, b71, c71, d71;
     __get_cpuid(1, &a1, &b1, &c1, &d1);
     __get_cpuid_count(7, 0, &a7, &b7, &c7, &d7);
@@ -68,14 +68,14 @@ PuzzleMoeCall with_threads(const PuzzleMoeCall& call) {
     return complete;
 }
 
-int64_t activation_bytes(int32_t isa) { return isa >= PUZZLEMOE_AVX512_BF16 ? 2 : 4; }
+int64_t activation_bytes(PuzzleMoeIsa isa) { return isa >= PUZZLEMOE_AVX512_BF16 ? 2 : 4; }
 
 }  // namespace
 }  // namespace puzzlemoe
 
 using namespace puzzlemoe;
 
-int32_t puzzlemoe_isa_status(int32_t isa) {
+PuzzleMoeIsaStatus puzzlemoe_isa_status(PuzzleMoeIsa isa) {
     if (!cpu_has(isa)) return PUZZLEMOE_CPU_LACKS_IT;
     if (isa == PUZZLEMOE_AMX_BF16 && !kernel_permits_tiles()) return PUZZLEMOE_KERNEL_REFUSES_IT;
     return PUZZLEMOE_USABLE;

@@ -108,7 +108,7 @@ struct Moe {
         alignas(64) float c[kMostChunk * kBlockRows];
         const int steps = int(columns / kStepColumns);
         const Act* a = rows + group.begin * stride;
-        uint16_t* decoded[2] = {scratch(0), scratch(1)};
+        uint16_t* decoded[2] = {decoded_block(0), decoded_block(1)};
         const int32_t n0 = group.count[0], n1 = group.count[1];
         if constexpr (Isa::kDecodesInRegisters) {
             if (Isa::takes_packed(n0, n1)) {
@@ -135,8 +135,7 @@ struct Moe {
             const int64_t chunks = (count + Isa::kChunk - 1) / Isa::kChunk;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const int64_t begin = count * chunk / chunks, end = count * (chunk + 1) / chunks;
-                Isa::dense(decoded[member], steps, rows + (first + begin) * stride, int(end - begin), stride, c,
-                           ahead);
+                Isa::dense(decoded[member], steps, rows + (first + begin) * stride, int(end - begin), stride, c, ahead);
                 ahead = nullptr;
                 done(first + begin, end - begin, c);
             }
@@ -153,21 +152,22 @@ struct Moe {
                  [&](int64_t first, int64_t count, const float* c) {
                      for (int64_t i = 0; i < count; ++i) {
                          const float scale = call.weight_on_input ? space.row_weight[first + i] : 1.0f;
-                         combine(c + i * kBlockRows, scale, inner_row(first + i) + block * kTileRows);
+                         activate_and_multiply(c + i * kBlockRows, scale, inner_row(first + i) + block * kTileRows);
                      }
                  });
     }
 
-    void combine(const float* c, float scale, Act* to) const {
+    // A row of one block's products, gate beside up, becomes 16 inner activations.
+    void activate_and_multiply(const float* c, float scale, Act* to) const {
         switch (call.activation) {
-            case PUZZLEMOE_SILU: return combine_with<PUZZLEMOE_SILU>(c, scale, to);
-            case PUZZLEMOE_GELU: return combine_with<PUZZLEMOE_GELU>(c, scale, to);
-            default: return combine_with<PUZZLEMOE_GELU_TANH>(c, scale, to);
+            case PUZZLEMOE_SILU: return activate_and_multiply_by<PUZZLEMOE_SILU>(c, scale, to);
+            case PUZZLEMOE_GELU: return activate_and_multiply_by<PUZZLEMOE_GELU>(c, scale, to);
+            default: return activate_and_multiply_by<PUZZLEMOE_GELU_TANH>(c, scale, to);
         }
     }
 
-    template <int32_t activation>
-    static void combine_with(const float* c, float scale, Act* to) {
+    template <PuzzleMoeActivation activation>
+    static void activate_and_multiply_by(const float* c, float scale, Act* to) {
         for (int i = 0; i < kTileRows; ++i)
             to[i] = keep(activate<activation>(c[i] * scale) * (c[i + kTileRows] * scale));
     }
@@ -176,7 +176,7 @@ struct Moe {
     void down(int64_t block) const {
         const int64_t block_words = call.padded_intermediate * kBlockRows;
         const int64_t slot_words = call.padded_hidden * call.padded_intermediate;
-        float* sums = reinterpret_cast<float*>(scratch(2));
+        float* sums = thread_sums();
         for (int64_t i = 0; i < call.num_tokens * kBlockRows; ++i) sums[i] = 0.0f;
         for (int64_t g = 0; g < num_groups; ++g) {
             const Group& group = space.groups[g];
@@ -214,11 +214,12 @@ struct Moe {
         }
     }
 
-    // This thread's room: 0 and 1 the members' decoded blocks, 2 the sums.
-    uint16_t* scratch(int part) const {
+    // This thread's room: a decoded block of each member, and behind them the sums.
+    uint16_t* decoded_block(int member) const {
         char* mine = space.per_thread + omp_get_thread_num() * space.thread_bytes;
-        return reinterpret_cast<uint16_t*>(mine) + part * space.decoded_words;
+        return reinterpret_cast<uint16_t*>(mine) + member * space.decoded_words;
     }
+    float* thread_sums() const { return reinterpret_cast<float*>(decoded_block(0) + 2 * space.decoded_words); }
 };
 
 }  // namespace

@@ -83,7 +83,7 @@ inline float erf_vectorizable(float x) {
     return bits_as<float>(bits_as<uint32_t>(positive) | (bits_as<uint32_t>(x) & 0x80000000u));
 }
 
-template <int32_t activation>
+template <PuzzleMoeActivation activation>
 inline float activate(float gate) {
     if constexpr (activation == PUZZLEMOE_SILU) {
         return gate / (1.0f + exp_vectorizable(-gate));

@@ -39,7 +39,9 @@ inline void tiles_end() { _tile_release(); }
 }  // namespace
 
 #define TILE_ZERO(tile) _tile_zero(tile)
+// clang-format off
 #define TILE_LOAD(tile, from, stride) (void)({ written_first(from); _tile_loadd(tile, from, stride); })
+// clang-format on
 #define TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define TILE_MULTIPLY_ADD(sum, a, b) _tile_dpbf16ps(sum, a, b)
 

@@ -6,8 +6,8 @@ namespace puzzlemoe {
 namespace {
 
 int64_t expert_id(const PuzzleMoeCall& call, int64_t pair) {
-    return call.ids_are_int64 ? static_cast<const int64_t*>(call.topk_ids)[pair]
-                              : static_cast<const int32_t*>(call.topk_ids)[pair];
+    return call.id_type == PUZZLEMOE_INT64 ? static_cast<const int64_t*>(call.topk_ids)[pair]
+                                           : static_cast<const int32_t*>(call.topk_ids)[pair];
 }
 
 int32_t slot_code(const PuzzleMoeCall& call, int64_t pair) {

@@ -1,0 +1,100 @@
+"""What an engine is: all that the operator, the choice of an engine and the plugin know of one."""
+
+from typing import Protocol
+
+import torch
+
+from vllm_puzzle.format import WORD16, WordLayout
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""x, w13, w2, slot_of_expert, topk_weights and topk_ids of `packed_moe`."""
+
+Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str, bool]
+"""The arguments of `packed_moe` but the engine's name. Passed one by one: to bundle them costs a CPU 0.6 us a call."""
+
+
+class Engine(Protocol):
+    """A way to compute `packed_moe`: a frozen object in `registry.ENGINES`.
+
+    The defaults are those of an engine that reads words in the order in which checkpoints store them.
+    """
+
+    @property
+    def name(self) -> str:
+        """What `packed_moe` is called with, and what the log shows."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """The value of $VLLM_PUZZLE_ENGINE that asks for it; the engines of a family are for different processors."""
+        ...
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of activations that it computes."""
+        ...
+
+    @property
+    def layouts(self) -> tuple[WordLayout, ...]:
+        """The words that it reads."""
+        return (WORD16,)
+
+    @property
+    def multiple(self) -> int:
+        """The rows of gate, up and down and the columns of w13 and w2 are zero-padded to a multiple of this."""
+        return 1
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a call waits for nothing, so that a CUDA graph can hold it."""
+        return True
+
+    def suits(self, device: torch.device) -> bool:
+        """Whether $VLLM_PUZZLE_ENGINE=auto takes this family on `device`, if no family before it does."""
+        ...
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> "Engine":
+        """The engine of this family for activations of `dtype` on `device`.
+
+        Raises:
+            EngineError: none can be used; says why and what to choose instead.
+        """
+        ...
+
+    def allocate(self, num_slots: int, hidden_size: int, intermediate_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zero words on the current default device, padded to `multiple`, for `num_slots` slots to be copied into.
+
+        Returns:
+            w13 (num_slots, 2 * intermediate_size, hidden_size) and w2 (num_slots, hidden_size, intermediate_size).
+        """
+        hidden, intermediate = padded(hidden_size, self.multiple), padded(intermediate_size, self.multiple)
+        dtype = self.layouts[0].dtype
+        return (
+            torch.zeros(num_slots, 2 * intermediate, hidden, dtype=dtype),
+            torch.zeros(num_slots, hidden, intermediate, dtype=dtype),
+        )
+
+    def prepare(self, w13: torch.Tensor, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
+        """Puts words that were loaded into the engine's order, in place, and makes room for calls of that many tokens.
+
+        Raises:
+            ValueError: words that `allocate` cannot have returned.
+        """
+        return
+
+    def check(self, words: torch.Tensor, dtype: torch.dtype) -> int | None:
+        """The first slot that holds a weight which activations of `dtype` cannot be multiplied by, or None.
+
+        Args:
+            words: w13 or w2, prepared.
+        """
+        return None
+
+    def run(self, *arguments: *Arguments) -> torch.Tensor:
+        """Computes `packed_moe`, which says what is taken, returned and raised."""
+        ...
+
+
+def padded(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple of `multiple`."""
+    return -(-size // multiple) * multiple
