@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_puzzle.offline.merging.compensation import compensate
-from vllm_puzzle.offline.merging.rules import cheapest
+from vllm_puzzle.offline.merging.elements import cheapest
 
 DAMPING = 0.01
 

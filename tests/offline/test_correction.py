@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.offline.small import HIDDEN_SIZE, PackedLayer, merge_layer, slots_of, small_experts, small_tokens
+from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.correction import OutputCorrection
 from vllm_puzzle.offline.merging.layer import RoutedTokens
 from vllm_puzzle.offline.merging.pair import ElementRule
@@ -11,7 +12,7 @@ from vllm_puzzle.offline.merging.recipe import Recipe
 from vllm_puzzle.offline.merging.saliency import measure
 
 PAIRS = [(0, 3), (1, 2), (4, 5)]
-SALIENCY, COMPENSATED = Recipe("saliency"), Recipe("compensated")
+SALIENCY, COMPENSATED = Recipe(rules.SALIENCY), Recipe(rules.COMPENSATED)
 DIRECTION = torch.nn.functional.normalize(torch.randn(HIDDEN_SIZE, generator=torch.Generator().manual_seed(9)), dim=0)
 
 
@@ -30,7 +31,7 @@ def test_a_compensated_layer_answers_more_like_the_source(align: bool, routed: R
     wanted = routed.through(small_experts())
 
     def error(rule: str) -> float:
-        packed = merged(Recipe(rule, align), routed, torch.zeros_like(wanted))
+        packed = merged(Recipe(rules.RULES[rule], align), routed, torch.zeros_like(wanted))
         return float((routed.through(packed.experts) - wanted).norm() / wanted.norm())
 
     assert error("compensated") < 0.6 * error("saliency")
@@ -52,7 +53,7 @@ def test_what_is_lacking_is_known_exactly_after_every_pair(align: bool, routed: 
     answer = routed.through(small_experts())
     drift = 0.3 * answer.norm(dim=1).mean() * DIRECTION.expand_as(answer)
     lacking = drift.clone()
-    packed = merged(Recipe("compensated", align), routed, lacking)
+    packed = merged(Recipe(rules.COMPENSATED, align), routed, lacking)
     left = answer + drift - routed.through(packed.experts)
     assert float((lacking - left).norm()) < 1e-3 * float(left.norm())
 
@@ -111,7 +112,7 @@ def test_an_expert_alone_stays_as_it_was(routed: RoutedTokens) -> None:
             torch.testing.assert_close(got, own, rtol=0, atol=2.0**-15)
 
 
-@pytest.mark.parametrize("recipe", [Recipe("compensated"), Recipe("compensated", align=True)])
+@pytest.mark.parametrize("recipe", [Recipe(rules.COMPENSATED), Recipe(rules.COMPENSATED, align=True)])
 def test_mates_without_any_weight_are_merged_too(recipe: Recipe, routed: RoutedTokens) -> None:
     """Nothing comes out of them whatever goes in, so no regression can tell what their down should be."""
     experts = small_experts()

@@ -20,8 +20,10 @@ from tests.offline.small import (
     small_tokens,
 )
 from vllm_puzzle.format import FormatError, unpack
+from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.compensation import compensate
 from vllm_puzzle.offline.merging.correction import OutputCorrection
+from vllm_puzzle.offline.merging.elements import cheapest
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import (
     ElementRule,
@@ -32,7 +34,6 @@ from vllm_puzzle.offline.merging.pair import (
     pack_members,
 )
 from vllm_puzzle.offline.merging.recipe import Recipe
-from vllm_puzzle.offline.merging.rules import cheapest
 from vllm_puzzle.offline.merging.saliency import InputNorms, measure
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
@@ -106,7 +107,7 @@ def test_at_tau_04_half_of_two_gaussian_experts_is_shared() -> None:
     sizes = ((400, 300), (400, 300), (300, 400))
     gate, up, down = ([torch.randn(*size, generator=generator) * 0.02 for _ in range(2)] for size in sizes)
     experts = ExpertWeights(gate, up, down, silu)
-    statistics = merge_layer(experts, slots_of([(0, 1)], 2), Recipe("paper")).statistics
+    statistics = merge_layer(experts, slots_of([(0, 1)], 2), Recipe(rules.PAPER)).statistics
     assert statistics.elements == 3 * 400 * 300
     # The paper counts about 48 % similar elements, so about 26 % of an expert's weights lost.
     assert statistics.shared_fraction == pytest.approx(0.48, abs=0.03)
@@ -206,7 +207,7 @@ def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> Non
         packed = merge_layer(
             experts.copy(),
             slots_of([(1, 4)]),
-            Recipe(rule, align),
+            Recipe(rules.RULES[rule], align),
             routed,
             torch.zeros_like(hidden),
         )
@@ -223,7 +224,9 @@ def test_what_merging_changed_is_counted_on_the_weights_that_were_merged(recipe:
     experts, routed = small_experts(), small_tokens(60)
     packed = merge_layer(experts, slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden))
     if recipe.align:
-        align_mates(experts, (4, 1), [measure(experts, expert, routed, full=recipe.compensated) for expert in (4, 1)])
+        align_mates(
+            experts, (4, 1), [measure(experts, expert, routed, full=recipe.rule.full_moments) for expert in (4, 1)]
+        )
     pairs = [
         (own.double(), read.double())
         for expert in (4, 1)

@@ -11,6 +11,7 @@ from vllm_puzzle.offline.conversion.convert import convert
 from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, Work, estimate
 from vllm_puzzle.offline.conversion.options import ConvertOptions, choose_recipe
 from vllm_puzzle.offline.errors import CheckpointError
+from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.recipe import Recipe
 
 TEXT = Path("text")
@@ -35,7 +36,7 @@ TEXT = Path("text")
 )
 def test_what_is_left_open_is_tried_from_the_best_on(options: ConvertOptions, expected: list[tuple[str, bool]]) -> None:
     options = replace(options, pairing="loss", tau=0.3)
-    assert [(recipe.rule, recipe.align) for recipe in options.recipes()] == expected
+    assert [(recipe.rule.name, recipe.align) for recipe in options.recipes()] == expected
     assert {(recipe.pairing, recipe.tau) for recipe in options.recipes()} == {("loss", 0.3)}
 
 
@@ -57,11 +58,11 @@ def test_what_cannot_be_is_refused(options: dict[str, str], message: str) -> Non
 @pytest.mark.parametrize(
     ("recipe", "all_paired", "chooses"),
     [
-        (Recipe("saliency"), True, False),
-        (Recipe("saliency"), False, True),
-        (Recipe("saliency", pairing="loss"), True, True),
-        (Recipe("paper"), False, False),
-        (Recipe("paper", pairing="coactivation"), True, True),
+        (Recipe(rules.SALIENCY), True, False),
+        (Recipe(rules.SALIENCY), False, True),
+        (Recipe(rules.SALIENCY, pairing="loss"), True, True),
+        (Recipe(rules.PAPER), False, False),
+        (Recipe(rules.PAPER, pairing="coactivation"), True, True),
     ],
 )
 def test_only_a_choice_takes_estimates(recipe: Recipe, all_paired: bool, chooses: bool) -> None:
@@ -93,7 +94,7 @@ def test_better_recipes_are_estimated_to_cost_more() -> None:
     shape = MoEShape(FAMILIES["MixtralForCausalLM"], 64, 2048, 1024, 16, tuple(range(16)))
     work = Work(shape, pairs=512, all_paired=True, num_tokens=1 << 18, top_k=8, layer_bytes=10**9, dense_weights=10**9)
     speed = Speed(products=1e11, elements=1e9)
-    estimates = [estimate(recipe, work, speed) for recipe in [*RECIPES, Recipe("paper")]]
+    estimates = [estimate(recipe, work, speed) for recipe in [*RECIPES, Recipe(rules.PAPER)]]
     assert estimates[0].seconds > estimates[1].seconds > estimates[3].seconds > estimates[4].seconds
     assert estimates[0].seconds > estimates[2].seconds > estimates[3].seconds
     assert {each.expert_weights for each in estimates} == {64 * 16 * 3 * 2048 * 1024}

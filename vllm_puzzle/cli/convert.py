@@ -7,7 +7,8 @@ from pathlib import Path
 from vllm_puzzle.cli.config_file import add_config
 from vllm_puzzle.cli.output import add_json, progress_bar, say, tell
 from vllm_puzzle.offline.defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE, SEQUENCE_LENGTH
-from vllm_puzzle.offline.merging.recipe import PAIRINGS, RULES
+from vllm_puzzle.offline.merging.recipe import PAIRINGS
+from vllm_puzzle.offline.merging.rules import RULES
 from vllm_puzzle.offline.wording import size
 
 

@@ -15,6 +15,7 @@ from .checkpoints.packed import PackedCheckpoint
 from .checkpoints.source import SourceCheckpoint
 from .errors import CheckpointError
 from .merging.layer import Activation, ExpertWeights
+from .merging.rules import RULES, Rule
 from .progress import Progress
 
 # Of the check of functions: random inputs, and a cosine that unrelated experts do not reach. It is low because an
@@ -127,10 +128,19 @@ def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], p
         )
 
 
+def _rule_of(packed: PackedCheckpoint) -> Rule:
+    name = packed.quantization.provenance.rule
+    if name not in RULES:
+        raise CheckpointError(
+            f"{packed.checkpoint.path} was merged by rule {name}, this vllm-puzzle knows {list(RULES)}; verify it with "
+            f"the release that wrote it"
+        )
+    return RULES[name]
+
+
 def _leaves_traces(packed: PackedCheckpoint) -> bool:
     """Whether a merged element follows from the two at its place in the source."""
-    provenance = packed.quantization.provenance
-    return provenance.rule != "compensated" and not provenance.align
+    return _rule_of(packed).leaves_traces and not packed.quantization.provenance.align
 
 
 def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, members: tuple[int, ...]) -> None:
@@ -165,7 +175,7 @@ def _allowed(
     decoded: list[torch.Tensor], sources: list[torch.Tensor], packed: PackedCheckpoint, name: str
 ) -> torch.Tensor | None:
     """Which elements the rule can have made; None where it leaves no trace in single elements."""
-    provenance, layout = packed.quantization.provenance, packed.layout
+    layout = packed.layout
     alone = [nearest_magnitude(source, layout, name) for source in sources]
     if len(sources) == 1:
         same_sign = (decoded[0] == 0) | (torch.signbit(decoded[0]) == torch.signbit(sources[0]))
@@ -176,10 +186,7 @@ def _allowed(
     # Members that share an element hold the mean, or with weights something between; a member that has it to itself
     # holds its own magnitude; an element that nobody holds was too small for one of those to be stored.
     both, none = held[0] & held[1], ~(held[0] | held[1])
-    if provenance.rule == "paper":
-        low = high = nearest_magnitude((sources[0].abs() + sources[1].abs()) / 2, layout, name)
-    else:
-        low, high = torch.minimum(*alone), torch.maximum(*alone)
+    low, high = _rule_of(packed).shared_magnitudes(sources, layout, name)
     allowed = both & (low <= decoded[0].abs()) & (decoded[0].abs() <= high)
     allowed |= none & ((low == 0) | (alone[0] == 0) | (alone[1] == 0))
     for member, source in enumerate(sources):

@@ -10,8 +10,8 @@ import torch
 
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.conversion.pairing import draw_mates
+from vllm_puzzle.offline.merging.elements import paper_rule
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.merging.rules import paper_rule
 
 from .base import CompressedLayer, in_float32
 

@@ -13,7 +13,7 @@ from .units import LayerTokens
 class CalibrationPass:
     """Knows of each layer, in their order, what its experts see.
 
-    With the rule `compensated` the tokens take two ways at once: through the source model, and through the merged
+    With a sequential rule the tokens take two ways at once: through the source model, and through the merged
     layers, so that each layer can make up for those before it. With the other rules the first is enough.
     """
 
@@ -25,7 +25,7 @@ class CalibrationPass:
         self.idle_experts: list[str] = []
         """A sentence for each layer in which experts saw no calibration token."""
         self._source = job.calibrator.embed(job.token_ids)
-        self._merged = self._source.copy() if job.recipe.compensated else None
+        self._merged = self._source.copy() if job.recipe.rule.sequential else None
 
     @property
     def states(self) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ class CalibrationPass:
         """Carries the tokens through a decoder layer, of which one expert after the other is read.
 
         Returns:
-            What its routed experts see; None for a dense layer. With the rule `compensated` the layer is to be left
+            What its routed experts see; None for a dense layer. With a sequential rule the layer is to be left
             by `leave`.
 
         Raises:
@@ -86,7 +86,7 @@ class CalibrationPass:
         idle = sorted(set(range(self._job.shape.num_experts)) - set(routed.topk_ids.unique().tolist()))
         if not idle:
             return
-        consequence = "they are weighed as if they had seen one of the layer's; calibrate on more text"
-        if self._job.recipe.rule == "paper":
-            consequence = "every element that cannot be shared goes to their mates; calibrate on more text"
-        self.idle_experts.append(f"layer {layer}: experts {idle} saw no calibration token, so {consequence}")
+        self.idle_experts.append(
+            f"layer {layer}: experts {idle} saw no calibration token, so {self._job.recipe.rule.idle_consequence}; "
+            f"calibrate on more text"
+        )

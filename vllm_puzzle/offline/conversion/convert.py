@@ -106,7 +106,7 @@ def convert(
     with work_directory(destination, origin_of(checkpoint, options), resume) as (writer, journal):
         planned = journal.find("plan")
         if planned is not None:
-            recipe = Recipe(**planned["recipe"])
+            recipe = Recipe.from_json(planned["recipe"])
         elif recipe is None:
             recipe = choose()
         job = Job(
@@ -147,7 +147,7 @@ def convert(
         reports = [result.report for result in results if result.report is not None]
         if chooses:
             reports = [replace(each, mates=mates[each.slots.layer]) for each in reports]
-        elif recipe.rule != "paper":
+        elif recipe.rule.estimates_loss:
             report(_describe_mates(job, [each.mates for each in reports]))
         return _finish(job, options, calibration, units, results, reports, writer, label(destination))
 
@@ -177,7 +177,7 @@ def _plan_to_json(
     recipe: Recipe, slots: Mapping[int, LayerSlots], mates: Mapping[int, Sequence[Mates]]
 ) -> dict[str, Any]:
     return {
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_json(),
         "slots": [each.model_dump() for each in slots.values()],
         "mates": [[layer, [asdict(each) for each in chosen]] for layer, chosen in mates.items()],
     }
@@ -210,8 +210,8 @@ def _finish(
         max_expert_parallel=job.max_expert_parallel,
         layers=[unit.slots for unit in units if unit.slots is not None],
         provenance=Provenance(
-            rule=recipe.rule,
-            tau=float(recipe.tau) if recipe.rule == "paper" else None,
+            rule=recipe.rule.name,
+            tau=float(recipe.tau) if recipe.rule.reads_tau else None,
             align=recipe.align,
             pairing=recipe.pairing,
             compression=float(options.compression),
@@ -278,7 +278,7 @@ def _choose_recipe(
     )
     speed = measure_speed(device)
     recipe, cost = choose_recipe([(recipe, estimate(recipe, work, speed)) for recipe in options.recipes()])
-    report(f"rule {recipe.rule}{' with aligned neurons' if recipe.align else ''} on {options.device}: {cost}")
+    report(f"rule {recipe.rule.name}{' with aligned neurons' if recipe.align else ''} on {options.device}: {cost}")
     return recipe
 
 

@@ -112,11 +112,11 @@ def estimate(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
         drawn = 1 if recipe.pairing == "random" else shape.num_experts
         elements += drawn * weights / 2
     share = 2 * pairs / (shape.num_experts * layers)
-    if recipe.rule != "paper":
+    if recipe.rule.estimates_loss:
         # The same of the mates.
         products += share * 2 * 2 * routed * expert / 3
         elements += share * weights / 2
-    if recipe.compensated:
+    if recipe.rule.sequential:
         products += 2 * through + share * 4 * 2 * routed * expert + share * 2 * routed * (hidden**2 + 2 * inner**2)
         # Two factorizations and an inverse a moment, then every column's error into those that follow.
         products += 2 * pairs * (2 * hidden**3 + 3 * inner**3) + 2 * pairs * (2 * inner * hidden**2 + hidden * inner**2)
@@ -131,7 +131,7 @@ def _memory(recipe: Recipe, work: Work) -> int:
     hidden, inner, num_tokens = work.shape.hidden_size, work.shape.intermediate_size, work.num_tokens
     expert = 3 * hidden * inner
     # The hidden states, what enters the experts and what they answer in float32; where tokens go.
-    ways = 2 if recipe.compensated else 1
+    ways = 2 if recipe.rule.sequential else 1
     tokens = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
     tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
     # Planning reads a whole layer; merging maps two experts of it and makes their words, two bytes for every weight of
@@ -141,7 +141,7 @@ def _memory(recipe: Recipe, work: Work) -> int:
     if recipe.align:
         # Magnitudes and costs of every weight of two experts, and the loss of every neuron with every other.
         merging += 2 * expert * 4 * 2 + inner**2 * 12
-    if recipe.compensated:
+    if recipe.rule.sequential:
         # What is made of the layer; two mates and their moments in several states; what their answers lose, to which
         # all tokens may have gone.
         merging += work.layer_bytes + 2 * expert * 4 * 6 + 2 * 4 * (hidden**2 + inner**2) * 4

@@ -7,11 +7,9 @@ import torch
 
 from ..defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE
 from ..errors import CheckpointError
-from ..merging.recipe import PAIRINGS, RULES, Recipe
+from ..merging.recipe import PAIRINGS, Recipe
+from ..merging.rules import BEST_FIRST, RULES
 from .estimate import Estimate
-
-# From the one that loses least to the one that asks for least.
-_DEFAULTS = (("compensated", True), ("compensated", False), ("saliency", True), ("saliency", False))
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,26 @@ class ConvertOptions:
             raise CheckpointError(f"--shard-size {self.shard_size} is not at least 1 byte")
         if self.jobs < 1:
             raise CheckpointError(f"--jobs {self.jobs} is not at least 1")
-        if self.workers.are_others and self.rule == "compensated":
+        if self.pairing == "coactivation" and self.calibration is None:
+            raise CheckpointError("--pairing coactivation needs to see tokens; give --calibration FILE")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        rule = RULES.get(self.rule or "")
+        if rule is None:
+            return
+        if rule.sequential and self.workers.are_others:
             option = f"--jobs {self.jobs}" if self.ray is None else f"--ray {self.ray}"
             raise CheckpointError(
-                f"{option} with --rule compensated: there each layer makes up for those before it, so they are merged "
+                f"{option} with --rule {rule.name}: there each layer makes up for those before it, so they are merged "
                 f"one after the other; leave out {option.split()[0]} or choose another rule"
             )
-        if self.rule == "paper" and self.align:
-            raise CheckpointError("--rule paper merges neurons as they stand; leave out --align or choose another rule")
-        if self.calibration is None:
-            for option, value, what in (
-                ("--rule", self.rule, "compensated"),
-                ("--pairing", self.pairing, "coactivation"),
-            ):
-                if value == what:
-                    raise CheckpointError(f"{option} {what} needs to see tokens; give --calibration FILE")
+        if self.align and not rule.can_align:
+            raise CheckpointError(
+                f"--rule {rule.name} merges neurons as they stand; leave out --align or choose another rule"
+            )
+        if rule.needs_tokens and self.calibration is None:
+            raise CheckpointError(f"--rule {rule.name} needs to see tokens; give --calibration FILE")
 
     @property
     def workers(self) -> Workers:
@@ -104,13 +107,13 @@ class ConvertOptions:
 
     def recipes(self) -> list[Recipe]:
         """Those that the options leave open, the best one first."""
-        if self.rule == "paper":
-            return [Recipe("paper", pairing=self.pairing, tau=self.tau)]
         return [
             Recipe(rule, align, self.pairing, self.tau)
-            for rule, align in _DEFAULTS
-            if self.rule in (None, rule) and self.align in (None, align)
-            if rule != "compensated" or (self.calibration is not None and not self.workers.are_others)
+            for rule in ([RULES[self.rule]] if self.rule else BEST_FIRST)
+            for align in (True, False)
+            if self.align in (None, align) and (rule.can_align or not align)
+            if self.calibration is not None or not rule.needs_tokens
+            if not (rule.sequential and self.workers.are_others)
         ]
 
 

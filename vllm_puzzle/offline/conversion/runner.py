@@ -39,20 +39,20 @@ class _Calibration:
             found = self._tokens.enter(unit.layer)
         number = self._units.index(unit)
         self._idle[number], self._tokens.idle_experts = self._tokens.idle_experts, []
-        if not self._job.recipe.compensated:
+        if not self._job.recipe.rule.sequential:
             self._journal.save_states(number + 1, self._tokens.states)
         return found
 
     def write(self, unit: Unit, directory: Path) -> UnitResult:
         """Writes a unit in this process, and goes on."""
         tokens = self.enter(unit)
-        if self._tokens is None or unit.layer is None or tokens is None or not self._job.recipe.compensated:
+        if self._tokens is None or unit.layer is None or tokens is None or not self._job.recipe.rule.sequential:
             result = write_unit(self._job, unit, directory, tokens)
         else:
             merged = ExpertWeights.unread(self._job.shape.num_experts, self._job.activation)
             result = write_unit(self._job, unit, directory, tokens, merged)
             self._tokens.leave(unit.layer, tokens, merged)
-        if self._tokens is not None and self._job.recipe.compensated:
+        if self._tokens is not None and self._job.recipe.rule.sequential:
             self._journal.save_states(self._units.index(unit) + 1, self._tokens.states)
         return result
 

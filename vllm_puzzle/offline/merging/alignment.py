@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from .elements import cheapest_loss
 from .layer import ExpertWeights
-from .rules import cheapest_loss
 from .saliency import ExpertStatistics
 
 # Bounds the temporaries of the loss of every neuron with every other, in elements.

@@ -6,7 +6,7 @@ each with the second moments of its own inputs.
 
 import torch
 
-from .rules import cheapest
+from .elements import cheapest
 
 # Columns between two updates of all that follow; wider blocks move less memory and compute more inside.
 _BLOCK = 64

@@ -10,17 +10,15 @@ from vllm_puzzle.format import LayerSlots, check_storable
 from .correction import OutputCorrection
 from .layer import Activation, ExpertWeights, RoutedTokens
 from .pair import (
-    ElementRule,
     MergeStatistics,
     Packed,
     align_mates,
-    merge_by_compensation,
     pack_alone,
-    pack_pair,
 )
 from .pair_loss import Mates, expect
 from .recipe import Recipe
-from .saliency import ExpertStatistics, InputNorms, input_norms, measure, uniform, uniform_norms
+from .rules import Mating
+from .saliency import ExpertStatistics, measure, uniform
 
 Read = Callable[[int], Sequence[torch.Tensor]]
 """Takes an expert, answers its gate, up and down."""
@@ -33,7 +31,7 @@ Emit = Callable[[int, int, torch.Tensor], None]
 class MergedLayer:
     """What merging changed, and what the pairs were expected to lose.
 
-    The rule `paper` estimates nothing, so `mates` is empty then.
+    `mates` is empty where the rule estimates nothing.
     """
 
     statistics: MergeStatistics
@@ -59,7 +57,7 @@ def merge_layer(
         names: what an error calls gate, up and down of each expert.
         emit: told of every matrix before the next is packed.
         routed: the calibration tokens at this layer; None weighs by magnitudes alone.
-        lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for the rule `compensated`; see
+        lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for a sequential rule; see
             `OutputCorrection`.
         energy: see `HiddenStates.energy`.
 
@@ -68,7 +66,7 @@ def merge_layer(
     """
     experts = ExpertWeights.unread(len(names), activation)
     correction = None
-    if recipe.compensated:
+    if recipe.rule.sequential:
         assert routed is not None
         assert lacking is not None
         correction = OutputCorrection(experts, routed, lacking)
@@ -103,21 +101,16 @@ def _merge_pair(
     correction: OutputCorrection | None,
 ) -> tuple[Iterator[Packed], list[Mates]]:
     """What two mates become, and what is expected of it; aligned, the second's neurons are moved."""
-    if recipe.rule == "paper":
-        return ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau).pack(experts, pair, names), []
-    statistics: Sequence[ExpertStatistics] = [_measure(experts, expert, recipe, routed) for expert in pair]
-    mates = [expect(experts, pair, statistics, routed, energy)]
-    if recipe.align:
-        statistics = align_mates(experts, pair, statistics)
-    if correction is None:
-        return ElementRule.of_saliency(statistics).pack(experts, pair, names), mates
-    two = merge_by_compensation(experts, pair, statistics, correction)
-    return pack_pair(two, experts, pair, names), mates
-
-
-def _norms(experts: ExpertWeights, pair: tuple[int, int], routed: RoutedTokens | None) -> list[InputNorms]:
-    return [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
+    statistics: Sequence[ExpertStatistics] = []
+    mates = []
+    if recipe.rule.estimates_loss:
+        statistics = [_measure(experts, expert, recipe, routed) for expert in pair]
+        mates.append(expect(experts, pair, statistics, routed, energy))
+        if recipe.align:
+            statistics = align_mates(experts, pair, statistics)
+    mating = Mating(experts, pair, names, routed, statistics, correction, recipe.tau)
+    return recipe.rule.pack(mating), mates
 
 
 def _measure(experts: ExpertWeights, expert: int, recipe: Recipe, routed: RoutedTokens | None) -> ExpertStatistics:
-    return measure(experts, expert, routed, full=recipe.compensated) if routed else uniform(experts, expert)
+    return measure(experts, expert, routed, recipe.rule.full_moments) if routed else uniform(experts, expert)

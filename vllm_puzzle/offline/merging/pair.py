@@ -10,9 +10,9 @@ from vllm_puzzle.format import pack, pack_single, unpack
 from .alignment import align, neuron_magnitudes
 from .compensation import compensate
 from .correction import OutputCorrection
+from .elements import Merged, cheapest, paper_rule
 from .layer import ExpertWeights
 from .packing import is_compiled, pack_rows
-from .rules import Merged, cheapest, paper_rule
 from .saliency import ExpertStatistics, InputNorms
 
 # At once by the rules that decide each element by itself: their temporaries, a dozen of this many, stay in the cache.

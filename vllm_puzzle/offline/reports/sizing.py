@@ -221,7 +221,7 @@ def _conversions(sizes: ModelSizes, compression: float, pairs: int, all_paired: 
         recipes = ConvertOptions(calibration=text, compression=compression).recipes()
         recipe, cost = choose_recipe([(recipe, estimate(recipe, work, speed)) for recipe in recipes])
         conversions.append(
-            Conversion(calibration_tokens=work.num_tokens, rule=recipe.rule, align=recipe.align, estimate=cost)
+            Conversion(calibration_tokens=work.num_tokens, rule=recipe.rule.name, align=recipe.align, estimate=cost)
         )
     return conversions
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_puzzle.offline.merging.rules import cheapest, cheapest_loss
+from vllm_puzzle.offline.merging.elements import cheapest, cheapest_loss
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
 elements = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 0.21875, -1.0, 0.4296875, 3.0, -0.0625, 2.0**-15])
