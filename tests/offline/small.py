@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 import vllm_puzzle.offline.merging.merge_layer
 from vllm_puzzle.format import LayerSlots, unpack
 from vllm_puzzle.offline.merging import rules
-from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.layer import ExpertWeights, LayerTokens, RoutedTokens
 from vllm_puzzle.offline.merging.pair import MergeStatistics
 from vllm_puzzle.offline.merging.recipe import Recipe
 
@@ -91,8 +91,9 @@ def merge_layer(
         for member, expert in enumerate(slots.members(slot)):
             (stored.gate, stored.up, stored.down)[position][expert] = unpack(matrix, member)
 
+    tokens = None if routed is None else LayerTokens(routed, 1.0, lacking)
     merged = vllm_puzzle.offline.merging.merge_layer.merge_layer(
-        experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, routed, lacking
+        experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, tokens
     )
     return PackedLayer(words, stored, merged.statistics)
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import relu
 
 from tests.offline.small import HIDDEN_SIZE, INTERMEDIATE_SIZE, small_experts, small_tokens
 from vllm_puzzle.offline.merging.alignment import align, estimate_loss, neuron_magnitudes
+from vllm_puzzle.offline.merging.elements import cheapest_loss
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import align_mates
 from vllm_puzzle.offline.merging.saliency import ExpertStatistics, measure, uniform
@@ -88,13 +90,22 @@ def test_neurons_that_matter_to_one_mate_alone_decide_the_order() -> None:
     assert loss_in_order(experts, statistics, order) < loss_in_order(experts, statistics, blind)
 
 
-def test_parts_of_the_losses_add_up_to_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = with_a_reordered_copy(0.3)
-    statistics = statistics_of(experts, calibrated=True)
-    whole = align(magnitudes_of(experts), statistics)
-    monkeypatch.setattr("vllm_puzzle.offline.merging.alignment._COLUMNS_AT_ONCE", 7)
-    monkeypatch.setattr("vllm_puzzle.offline.merging.alignment._ELEMENTS_AT_ONCE", 3 * 7 * INTERMEDIATE_SIZE)
-    assert torch.equal(align(magnitudes_of(experts), statistics), whole)
+def test_a_large_layer_is_aligned_as_if_all_losses_were_there_at_once() -> None:
+    """Of more columns, and of more elements, than are computed at once."""
+    experts = small_experts(2, hidden_size=200, intermediate_size=90)
+    statistics = [uniform(experts, expert) for expert in (0, 1)]
+    first, second = magnitudes_of(experts)
+    costs = [member.neuron_costs() for member in statistics]
+    loss = torch.stack(
+        [
+            cheapest_loss(row, second, cost, costs[1]).sum(dim=1, dtype=torch.float64)
+            for row, cost in zip(first, costs[0], strict=True)
+        ]
+    )
+    least = float(loss[linear_sum_assignment(loss.numpy())].sum())
+    order = align((first, second), statistics)
+    assert sorted(order.tolist()) == list(range(90))
+    assert float(loss[torch.arange(90), order].sum()) == pytest.approx(least, rel=1e-6)
 
 
 def test_aligning_changes_no_expert() -> None:

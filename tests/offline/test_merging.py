@@ -23,7 +23,7 @@ from vllm_puzzle.format import FormatError, unpack
 from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.compensation import compensate
 from vllm_puzzle.offline.merging.correction import OutputCorrection
-from vllm_puzzle.offline.merging.elements import cheapest
+from vllm_puzzle.offline.merging.elements import cheapest, paper_rule
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import (
     ElementRule,
@@ -114,23 +114,22 @@ def test_at_tau_04_half_of_two_gaussian_experts_is_shared() -> None:
     assert statistics.kept_fraction == pytest.approx(0.74, abs=0.02)
 
 
-def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, routed = small_experts(), small_tokens(60)
+@pytest.mark.parametrize("tau", [None, 0.4])
+def test_a_large_matrix_is_merged_as_if_all_of_it_were_there_at_once(tau: float | None) -> None:
+    """Of more elements than are merged at once, in numbers of rows that do not divide."""
+    experts = small_experts(2, hidden_size=700, intermediate_size=401)
     generator = torch.Generator().manual_seed(1)
-    channels = [tuple(torch.rand(size, generator=generator) for size in experts.gate[0].shape[::-1]) for _ in range(2)]
-    statistics = [measure(experts, expert, routed, full=False) for expert in (0, 1)]
-
-    def merge() -> list[torch.Tensor]:
-        both = (
-            ElementRule.of_the_paper(channels, 0.4).merge(experts, (0, 1)),
-            ElementRule.of_saliency(statistics).merge(experts, (0, 1)),
-        )
-        return [matrix for merged in both for member in (0, 1) for matrix in merged.matrices(member)]
-
-    whole = merge()
-    # Neither number of rows is a multiple of the rows that fit.
-    monkeypatch.setattr("vllm_puzzle.offline.merging.pair._ELEMENTS_PER_BLOCK", 75)
-    assert all(torch.equal(part, of_all) for part, of_all in zip(merge(), whole, strict=True))
+    hidden, intermediate = (torch.rand(2, 1, size, generator=generator) for size in (700, 401))
+    merged = ElementRule(((None, hidden), (None, hidden), (None, intermediate)), tau).merge(experts, (0, 1))
+    for got, own, importance in (
+        (merged.gate, experts.gate, hidden),
+        (merged.up, experts.up, hidden),
+        (merged.down, experts.down, intermediate),
+    ):
+        weights = torch.stack(own).float()
+        magnitudes = weights.abs()
+        whole = cheapest(magnitudes, importance) if tau is None else paper_rule(magnitudes, importance, tau)
+        assert torch.equal(torch.stack(got), whole.signed(weights))
 
 
 def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:

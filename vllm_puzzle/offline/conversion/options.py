@@ -1,52 +1,63 @@
-"""What can be asked of a conversion, and what it means where it is left open."""
+"""The options of a conversion, and what is chosen where one is left open."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE
+from ..defaults import (
+    DEFAULT_COMPRESSION,
+    DEFAULT_DEVICE,
+    DEFAULT_JOBS,
+    DEFAULT_PAIRING,
+    DEFAULT_SEED,
+    DEFAULT_SEQUENCES,
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_TAU,
+)
 from ..errors import CheckpointError
 from ..merging.recipe import PAIRINGS, Recipe
 from ..merging.rules import BEST_FIRST, RULES
-from .estimate import Estimate
 
 
 @dataclass(frozen=True)
 class Workers:
-    """`jobs` units at once; by the Ray cluster at `ray`, its address, or by processes of this machine."""
+    """`jobs` units are written at once, by the Ray cluster at the address `ray` or by processes of this machine."""
 
     jobs: int
     ray: str | None = None
 
     @property
     def are_others(self) -> bool:
-        """Whether any other process works than this one."""
+        """Whether other processes than this one write units."""
         return self.jobs > 1 or self.ray is not None
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the command line's options of the same names say.
+    """The command line's options, by the same names.
 
     `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone;
-    `rule` and `align` None take the best that the machine can do in the time that `estimate` allows. `shard_size` is in
-    bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change nothing
-    that is written.
+    `rule` and `align` None take the best that the machine can do in reasonable time, see `choose_recipe`. `shard_size`
+    is in bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change
+    nothing that is written.
+
+    Raises:
+        CheckpointError: an option is out of its range, or two do not go together.
     """
 
     calibration: Path | None = None
     calibration_sequences: int = DEFAULT_SEQUENCES
     rule: str | None = None
-    tau: float = 0.4
+    tau: float = DEFAULT_TAU
     align: bool | None = None
-    pairing: str = "random"
-    compression: float = 50.0
+    pairing: str = DEFAULT_PAIRING
+    compression: float = DEFAULT_COMPRESSION
     max_expert_parallel: int | None = None
-    seed: int = 0
-    device: str = "cpu"
+    seed: int = DEFAULT_SEED
+    device: str = DEFAULT_DEVICE
     shard_size: int = DEFAULT_SHARD_SIZE
-    jobs: int = 1
+    jobs: int = DEFAULT_JOBS
     ray: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +66,7 @@ class ConvertOptions:
         if self.pairing not in PAIRINGS:
             raise CheckpointError(f"--pairing {self.pairing} is not known; choose one of {list(PAIRINGS)}")
         if not 0 <= self.tau <= 1:
-            raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses 0.4 for every model")
+            raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses {DEFAULT_TAU} for every model")
         if not 0 <= self.compression <= 50:
             raise CheckpointError(
                 f"--compression {self.compression:g} is outside 0 to 50; a pair takes the place of one expert, "
@@ -85,18 +96,18 @@ class ConvertOptions:
             )
         if self.align and not rule.can_align:
             raise CheckpointError(
-                f"--rule {rule.name} merges neurons as they stand; leave out --align or choose another rule"
+                f"--rule {rule.name} merges neurons in their own order; leave out --align or choose another rule"
             )
         if rule.needs_tokens and self.calibration is None:
             raise CheckpointError(f"--rule {rule.name} needs to see tokens; give --calibration FILE")
 
     @property
     def workers(self) -> Workers:
-        """Who merges the layers."""
+        """The processes that merge the layers."""
         return Workers(self.jobs, self.ray)
 
     def torch_device(self) -> torch.device:
-        """Raises CheckpointError where this machine has no such device."""
+        """The device to compute on; raises CheckpointError where this machine has no such device."""
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -106,7 +117,7 @@ class ConvertOptions:
         return device
 
     def recipes(self) -> list[Recipe]:
-        """Those that the options leave open, the best one first."""
+        """The recipes that the options leave open, the best one first."""
         return [
             Recipe(rule, align, self.pairing, self.tau)
             for rule in ([RULES[self.rule]] if self.rule else BEST_FIRST)
@@ -115,8 +126,3 @@ class ConvertOptions:
             if self.calibration is not None or not rule.needs_tokens
             if not (rule.sequential and self.workers.are_others)
         ]
-
-
-def choose_recipe(estimates: list[tuple[Recipe, Estimate]]) -> tuple[Recipe, Estimate]:
-    """The first that takes a reasonable time; the last one where none does."""
-    return next((each for each in estimates if each[1].is_reasonable), estimates[-1])

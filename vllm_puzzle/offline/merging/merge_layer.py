@@ -1,4 +1,4 @@
-"""One layer: its pairs merged, its slots packed."""
+"""Merging the pairs of one layer, and packing its slots."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ import torch
 from vllm_puzzle.format import LayerSlots, check_storable
 
 from .correction import OutputCorrection
-from .layer import Activation, ExpertWeights, RoutedTokens
+from .layer import Activation, ExpertWeights, LayerTokens, RoutedTokens
 from .pair import (
     MergeStatistics,
     Packed,
     align_mates,
     pack_alone,
 )
-from .pair_loss import Mates, expect
+from .pair_loss import Mates, estimate_pair
 from .recipe import Recipe
 from .rules import Mating
 from .saliency import ExpertStatistics, measure, uniform
 
 Read = Callable[[int], Sequence[torch.Tensor]]
-"""Takes an expert, answers its gate, up and down."""
+"""Takes an expert's id, returns its gate, up and down."""
 
 Emit = Callable[[int, int, torch.Tensor], None]
-"""Takes a slot, 0, 1 or 2 for its gate, up or down, and the words of that, int16; in this order."""
+"""Takes a slot, the position of a matrix in it (0 for gate, 1 for up, 2 for down) and the matrix's words, int16."""
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What merging changed, and what the pairs were expected to lose.
+    """What merging a layer changed, and what its pairs were expected to lose.
 
     `mates` is empty where the rule estimates nothing.
     """
@@ -45,21 +45,16 @@ def merge_layer(
     slots: LayerSlots,
     recipe: Recipe,
     emit: Emit,
-    routed: RoutedTokens | None = None,
-    lacking: torch.Tensor | None = None,
-    energy: float = 1.0,
+    tokens: LayerTokens | None = None,
 ) -> MergedLayer:
-    """Merges and packs, one slot after the other, with no other slot's experts in memory.
+    """Merges and packs one slot after the other; only its own experts are in memory.
 
     Args:
-        read: asked once for each expert.
-        activation: of the experts.
+        read: called once for each expert.
+        activation: the experts'.
         names: what an error calls gate, up and down of each expert.
-        emit: told of every matrix before the next is packed.
-        routed: the calibration tokens at this layer; None weighs by magnitudes alone.
-        lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for a sequential rule; see
-            `OutputCorrection`.
-        energy: see `HiddenStates.energy`.
+        emit: called with every matrix, in this order, before the next is packed.
+        tokens: the calibration tokens at this layer; None weighs by magnitudes alone.
 
     Raises:
         FormatError: an element that no word can hold; names tensor and index.
@@ -67,9 +62,9 @@ def merge_layer(
     experts = ExpertWeights.unread(len(names), activation)
     correction = None
     if recipe.rule.sequential:
-        assert routed is not None
-        assert lacking is not None
-        correction = OutputCorrection(experts, routed, lacking)
+        assert tokens is not None
+        assert tokens.lacking is not None
+        correction = OutputCorrection(experts, tokens.routed, tokens.lacking)
     merged = MergedLayer(MergeStatistics(), [])
     for slot in range(slots.num_slots):
         members = slots.members(slot)
@@ -81,7 +76,7 @@ def merge_layer(
             packed = pack_alone(experts, members[0], slot_names)
         else:
             pair = (members[0], members[1])
-            packed, mates = _merge_pair(experts, pair, slot_names, recipe, routed, energy, correction)
+            packed, mates = _merge_pair(experts, pair, slot_names, recipe, tokens, correction)
             merged.mates.extend(mates)
         for position, (words, changed) in enumerate(packed):
             merged.statistics.add(changed)
@@ -96,16 +91,16 @@ def _merge_pair(
     pair: tuple[int, int],
     names: Sequence[str],
     recipe: Recipe,
-    routed: RoutedTokens | None,
-    energy: float,
+    tokens: LayerTokens | None,
     correction: OutputCorrection | None,
 ) -> tuple[Iterator[Packed], list[Mates]]:
-    """What two mates become, and what is expected of it; aligned, the second's neurons are moved."""
+    """The words of two mates, and what to expect of them; aligning reorders the second's neurons."""
+    routed = None if tokens is None else tokens.routed
     statistics: Sequence[ExpertStatistics] = []
     mates = []
     if recipe.rule.estimates_loss:
         statistics = [_measure(experts, expert, recipe, routed) for expert in pair]
-        mates.append(expect(experts, pair, statistics, routed, energy))
+        mates.append(estimate_pair(experts, pair, statistics, tokens))
         if recipe.align:
             statistics = align_mates(experts, pair, statistics)
     mating = Mating(experts, pair, names, routed, statistics, correction, recipe.tau)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..defaults import DEFAULT_PAIRING, DEFAULT_TAU
 from .rules import RULES, Rule
 
 PAIRINGS = ("random", "loss", "coactivation")
@@ -19,8 +20,8 @@ class Recipe:
 
     rule: Rule
     align: bool = False
-    pairing: str = "random"
-    tau: float = 0.4
+    pairing: str = DEFAULT_PAIRING
+    tau: float = DEFAULT_TAU
 
     def chooses(self, all_paired: bool) -> bool:
         """Whether it takes estimates to know the pairs: not where all are drawn, nor where every layer has as many.
