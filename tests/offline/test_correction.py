@@ -9,7 +9,7 @@ from vllm_puzzle.offline.merging.correction import OutputCorrection
 from vllm_puzzle.offline.merging.layer import RoutedTokens
 from vllm_puzzle.offline.merging.pair import ElementRule
 from vllm_puzzle.offline.merging.recipe import Recipe
-from vllm_puzzle.offline.merging.saliency import measure
+from vllm_puzzle.offline.merging.saliency import measure_saliency
 
 PAIRS = [(0, 3), (1, 2), (4, 5)]
 SALIENCY, COMPENSATED = Recipe(rules.SALIENCY), Recipe(rules.COMPENSATED)
@@ -84,13 +84,13 @@ def test_later_pairs_make_up_for_earlier_ones(routed: RoutedTokens) -> None:
 
 def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
     experts, pair = small_experts(), (4, 1)
-    merged_pair = ElementRule.of_saliency([measure(experts, expert, routed, full=False) for expert in pair]).merge(
-        experts, pair
-    )
+    merged_pair = ElementRule.of_saliency(
+        [measure_saliency(experts, expert, routed, full=False) for expert in pair]
+    ).merge(experts, pair)
     correction = OutputCorrection(experts, routed, torch.zeros_like(routed.hidden))
     for member, expert in enumerate(pair):
-        statistics = measure(experts, expert, routed, full=True)
-        asked, moment = correction.ask(expert, merged_pair, member, statistics)
+        full = measure_saliency(experts, expert, routed, full=True)
+        asked, moment = correction.ask(expert, merged_pair, member, full)
         tokens, weights = routed.of(expert)
         read = merged_pair.intermediate(member, routed.hidden[tokens]) * weights[:, None]
         answers = experts.output(expert, routed.hidden[tokens]) * weights[:, None]
@@ -98,7 +98,7 @@ def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
         assert errors[0] < 0.7 * errors[1]
         # What compensating its columns will count is what it will read, but for the shrinkage.
         share = len(moment) / (len(moment) + len(tokens))
-        expected = (1 - share) * read.T @ read + share * statistics.intermediate
+        expected = (1 - share) * read.T @ read + share * full.intermediate
         torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 

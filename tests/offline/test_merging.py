@@ -21,7 +21,7 @@ from tests.offline.small import (
 )
 from vllm_puzzle.format import FormatError, unpack
 from vllm_puzzle.offline.merging import rules
-from vllm_puzzle.offline.merging.compensation import compensate
+from vllm_puzzle.offline.merging.compensation import compensate_columns
 from vllm_puzzle.offline.merging.correction import OutputCorrection
 from vllm_puzzle.offline.merging.elements import cheapest, paper_rule
 from vllm_puzzle.offline.merging.layer import ExpertWeights
@@ -29,12 +29,12 @@ from vllm_puzzle.offline.merging.pair import (
     ElementRule,
     MergeStatistics,
     align_mates,
-    compare,
+    count_changes,
     merge_by_compensation,
     pack_members,
 )
 from vllm_puzzle.offline.merging.recipe import Recipe
-from vllm_puzzle.offline.merging.saliency import InputNorms, measure
+from vllm_puzzle.offline.merging.saliency import InputNorms, measure_saliency
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
 elements = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 0.21875, -1.0, 0.4296875, 3.0, -0.0625, 2.0**-15])
@@ -65,7 +65,7 @@ def merge_by_the_paper(
     ):
         assert torch.equal(words, pack_members(matrices, "a"))
         # Whoever merged and packed counted alike, and added in another order.
-        assert asdict(statistics) == pytest.approx(asdict(compare(words, sources)), rel=1e-5, abs=1e-12)
+        assert asdict(statistics) == pytest.approx(asdict(count_changes(words, sources)), rel=1e-5, abs=1e-12)
     return packed
 
 
@@ -135,7 +135,7 @@ def test_a_large_matrix_is_merged_as_if_all_of_it_were_there_at_once(tau: float 
 def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
     experts, routed = small_experts(), small_tokens(60)
     pair = (4, 1)
-    statistics = [measure(experts, expert, routed, full=False) for expert in pair]
+    statistics = [measure_saliency(experts, expert, routed, full=False) for expert in pair]
     merged = ElementRule.of_saliency(statistics).merge(experts, pair)
     costs = torch.stack([member.neuron_costs() for member in statistics]).chunk(3, dim=2)
     down = [matrix.T for matrix in merged.down], [matrix.T for matrix in experts.down]
@@ -149,7 +149,7 @@ def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
 def test_by_compensation_gate_and_up_have_their_own_rows_and_down_reads_what_is_merged() -> None:
     experts, routed = small_experts(), small_tokens(200)
     pair = (4, 1)
-    statistics = [measure(experts, expert, routed, full=True) for expert in pair]
+    statistics = [measure_saliency(experts, expert, routed, full=True) for expert in pair]
     lacking = torch.zeros_like(routed.hidden)
     merged = merge_by_compensation(experts, pair, statistics, OutputCorrection(experts, routed, lacking))
     hidden = torch.stack([member.hidden for member in statistics])
@@ -157,13 +157,13 @@ def test_by_compensation_gate_and_up_have_their_own_rows_and_down_reads_what_is_
         (merged.gate, experts.gate, [member.gate_rows for member in statistics]),
         (merged.up, experts.up, [member.up_rows for member in statistics]),
     ):
-        alone = compensate(torch.stack([own[expert].float() for expert in pair]), hidden, torch.stack(rows))
+        alone = compensate_columns(torch.stack([own[expert].float() for expert in pair]), hidden, torch.stack(rows))
         # Products of another shape may round to the neighbour.
         torch.testing.assert_close(torch.stack(list(got)), alone, rtol=2**-6, atol=0)
     correction = OutputCorrection(experts, routed, torch.zeros_like(lacking))
     asked = [correction.ask(expert, merged, member, statistics[member]) for member, expert in enumerate(pair)]
     targets, moments = (torch.stack(parts) for parts in zip(*asked, strict=True))
-    down = compensate(targets, moments, torch.ones(targets.shape[:2]))
+    down = compensate_columns(targets, moments, torch.ones(targets.shape[:2]))
     torch.testing.assert_close(torch.stack(list(merged.down)), down)
 
 
@@ -224,7 +224,9 @@ def test_what_merging_changed_is_counted_on_the_weights_that_were_merged(recipe:
     packed = merge_layer(experts, slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden))
     if recipe.align:
         align_mates(
-            experts, (4, 1), [measure(experts, expert, routed, full=recipe.rule.full_moments) for expert in (4, 1)]
+            experts,
+            (4, 1),
+            [measure_saliency(experts, expert, routed, full=recipe.rule.full_moments) for expert in (4, 1)],
         )
     pairs = [
         (own.double(), read.double())

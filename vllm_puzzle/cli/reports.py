@@ -63,10 +63,10 @@ def plan(arguments: argparse.Namespace) -> None:
 
     from vllm_puzzle.offline.conversion.estimate import Speed
     from vllm_puzzle.offline.reports.model_sizes import read_model_sizes
-    from vllm_puzzle.offline.reports.sizing import size_up
+    from vllm_puzzle.offline.reports.sizing import size_model
     from vllm_puzzle.offline.reports.sizing_report import describe_sizing
 
-    sizing = size_up(
+    sizing = size_model(
         read_model_sizes(arguments.model),
         arguments.compression,
         arguments.context,

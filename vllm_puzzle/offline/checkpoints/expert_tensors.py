@@ -54,7 +54,7 @@ class StoredExperts:
         return self.shape.num_experts
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Experts`; raises CheckpointError where a tensor cannot be read, or an element has no word."""
+        """See `Experts`; raises CheckpointError where a tensor cannot be read, or no word holds an element."""
         tensors = self.checkpoint.read(self.shape.expert_names(self.layer, expert))
         matrices = tensors.values()
         try:

@@ -22,7 +22,7 @@ def _qwen_sparse_layers(values: ConfigValues) -> list[int]:
 
 
 def _deepseek_layers(values: ConfigValues) -> list[int]:
-    # transformers leaves moe_layer_freq to who reads the config; vLLM asks for it like this.
+    # transformers does not read moe_layer_freq; vLLM does so.
     every, first = values.integer("moe_layer_freq", default=1), values.integer("first_k_dense_replace", least=0)
     return [layer for layer in _every_layer(values) if layer >= first and layer % every == 0]
 

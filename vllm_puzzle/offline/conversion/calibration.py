@@ -180,7 +180,7 @@ class Calibrator:
         return RoutedTokens(entering, ids, weights * self._shape.residual_multiplier)
 
     def _load(self, layer: int) -> None:
-        """Gives decoder layer `layer` its weights, and takes those of the layer before."""
+        """Loads the weights of decoder layer `layer`, and drops those of the layer before."""
         shape = self._shape
         self._loaded = None
         # The model's own layer stays without memory.

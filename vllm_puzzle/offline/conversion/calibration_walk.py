@@ -1,4 +1,4 @@
-"""The way of the calibration tokens through the decoder layers, one layer after the other."""
+"""The path of the calibration tokens through the decoder layers, one layer after the other."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from .calibration import Calibrator
 class CalibrationWalk:
     """Carries the calibration tokens through the source model, and tells of each MoE layer what its experts see.
 
-    With `through_merged` the tokens take two ways at once, through the source's layers and through the merged ones, so
+    With `through_merged` the tokens take two paths at once, through the source's layers and through the merged ones, so
     that each layer can make up for those merged before it.
     """
 
@@ -26,7 +26,7 @@ class CalibrationWalk:
 
     @property
     def states(self) -> dict[str, torch.Tensor]:
-        """The `HiddenStates.states` between two layers, by the way they are on."""
+        """The `HiddenStates.states` between two layers, by the path that they are on."""
         states = {"source": self._source.states}
         if self._merged is not None:
             states["merged"] = self._merged.states
@@ -47,7 +47,7 @@ class CalibrationWalk:
             experts: the source's, None for a dense layer.
 
         Returns:
-            What the layer's experts see, None for a dense layer. With `through_merged` an MoE layer is to be left by
+            What the layer's experts see, None for a dense layer. With `through_merged` an MoE layer is to be left with
             `leave`.
 
         Raises:
@@ -66,7 +66,7 @@ class CalibrationWalk:
             return LayerTokens(routed, energy, idle_experts=idle)
         routed = self._calibrator.run(layer, self._merged)
         assert routed is not None
-        # What the layer's own experts leave between the two ways.
+        # What the layer's own experts leave between the two paths.
         lacking = routed.through(experts).neg_()
         lacking += self._source.tokens
         lacking -= self._merged.tokens

@@ -50,7 +50,7 @@ def draw_pairs(job: Job) -> ChosenPairs:
 
 @torch.inference_mode()
 def choose_pairs(job: Job, advance: Callable[[int], None]) -> ChosenPairs:
-    """As many pairs as the budget has whose merging is estimated to cost least, over all layers.
+    """The pairs whose merging is estimated to cost least over all layers, as many as the budget has.
 
     Runs the calibration tokens through the source model; without them every input and row counts alike.
 
@@ -58,7 +58,7 @@ def choose_pairs(job: Job, advance: Callable[[int], None]) -> ChosenPairs:
         advance: told of each layer that is done.
 
     Raises:
-        CheckpointError: a layer does not fit transformers' own model, or an element no word.
+        CheckpointError: a layer does not fit transformers' own model, or no word holds an element.
     """
     generator = random.Random(job.options.seed)
     walk = None if job.calibrator is None else CalibrationWalk(job.calibrator)

@@ -1,4 +1,4 @@
-"""How long a conversion takes on the machine at hand and how much memory, said before it starts."""
+"""How much time and memory a conversion takes on the machine at hand, estimated before it starts."""
 
 import time
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Speed:
 
     @classmethod
     def measure(cls, device: torch.device) -> "Speed":
-        """By a short probe of each kind of work."""
+        """The speed of a device, by a short probe of each kind of work."""
         a, b = torch.randn(2, _PROBE_SIZE, _PROBE_SIZE, device=device)
         x = torch.rand(_ELEMENTS, device=device)
         products = _rate(lambda: a @ b, 2 * _PROBE_SIZE**3, device)
@@ -99,7 +99,7 @@ def estimate_conversion(recipe: Recipe, work: Work, speed: Speed) -> Estimate:
         elements += share * weights / 2
     if recipe.rule.sequential:
         products += 2 * through + share * 4 * 2 * routed * expert + share * 2 * routed * (hidden**2 + 2 * inner**2)
-        # Two factorizations and an inverse a moment, then every column's error into those that follow.
+        # Two factorizations and an inverse per moment, then every column's error into those that follow.
         products += 2 * pairs * (2 * hidden**3 + 3 * inner**3) + 2 * pairs * (2 * inner * hidden**2 + hidden * inner**2)
         columns += pairs * (hidden + inner)
     if recipe.align:
@@ -112,8 +112,8 @@ def _memory(recipe: Recipe, work: Work) -> int:
     hidden, inner, num_tokens = work.shape.hidden_size, work.shape.intermediate_size, work.num_tokens
     expert = 3 * hidden * inner
     # The hidden states, what enters the experts and their output in float32; where tokens go.
-    ways = 2 if recipe.rule.sequential else 1
-    tokens = num_tokens * hidden * (2 * ways + 2 + 4 * ways) + num_tokens * work.top_k * 12
+    paths = 2 if recipe.rule.sequential else 1
+    tokens = num_tokens * hidden * (2 * paths + 2 + 4 * paths) + num_tokens * work.top_k * 12
     tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
     # Choosing pairs reads a whole layer; merging maps two experts of it and makes their words, two bytes for every
     # weight of one expert, and running tokens through it takes less.

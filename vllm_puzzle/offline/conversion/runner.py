@@ -1,4 +1,4 @@
-"""Every unit of a conversion, those of an earlier run included, with the calibration tokens' way between them."""
+"""Every unit of a conversion, those of an earlier run included, with the calibration tokens' path between them."""
 
 from collections.abc import Generator
 from contextlib import closing
@@ -14,7 +14,7 @@ from .workers import write_units
 
 
 class _Tokens:
-    """The calibration tokens on their way from unit to unit, kept in the journal so that a later run can resume.
+    """The calibration tokens on their path from unit to unit, kept in the journal so that a later run can resume.
 
     There are none where no text was given.
     """
@@ -56,7 +56,7 @@ class _Tokens:
         return result
 
     def take_idle(self, unit: Unit) -> list[str]:
-        """What is to be said of a unit's experts that saw no token."""
+        """The sentences about a unit's experts that saw no token."""
         return self._idle.pop(unit.number, [])
 
     def _save(self, unit: Unit) -> None:

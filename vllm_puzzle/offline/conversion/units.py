@@ -111,7 +111,7 @@ def write_unit(
         merged: receives the merged experts as a reader of the checkpoint finds them.
 
     Raises:
-        CheckpointError: a tensor cannot be read, or an element has no word; names tensor and index.
+        CheckpointError: a tensor cannot be read, or no word holds an element; names tensor and index.
         OSError: the disk is full or cannot be written.
     """
     source = SourceHash()

@@ -40,7 +40,9 @@ def estimate_loss(experts: ExpertWeights, pair: tuple[int, int], statistics: Seq
     return total
 
 
-def align(magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]) -> torch.Tensor:
+def align_neurons(
+    magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]
+) -> torch.Tensor:
     """The order of the second expert's neurons in which the two merge with least loss, by optimal assignment.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from vllm_puzzle.format import LayerSlots, check_storable
 
 from .correction import OutputCorrection
-from .layer import Activation, ExpertWeights, LayerTokens, RoutedTokens
+from .layer import Activation, ExpertWeights, LayerTokens
 from .pair import (
     MergeStatistics,
     Packed,
@@ -18,7 +18,7 @@ from .pair import (
 from .pair_loss import Mates, estimate_pair
 from .recipe import Recipe
 from .rules import Mating
-from .saliency import ExpertStatistics, measure, uniform
+from .saliency import ExpertStatistics, measure_saliency
 
 Read = Callable[[int], Sequence[torch.Tensor]]
 """Takes an expert's id, returns its gate, up and down."""
@@ -99,13 +99,10 @@ def _merge_pair(
     statistics: Sequence[ExpertStatistics] = []
     mates = []
     if recipe.rule.estimates_loss:
-        statistics = [_measure(experts, expert, recipe, routed) for expert in pair]
+        full = recipe.rule.full_moments
+        statistics = [measure_saliency(experts, expert, routed, full) for expert in pair]
         mates.append(estimate_pair(experts, pair, statistics, tokens))
         if recipe.align:
             statistics = align_mates(experts, pair, statistics)
     mating = Mating(experts, pair, names, routed, statistics, correction, recipe.tau)
     return recipe.rule.pack(mating), mates
-
-
-def _measure(experts: ExpertWeights, expert: int, recipe: Recipe, routed: RoutedTokens | None) -> ExpertStatistics:
-    return measure(experts, expert, routed, recipe.rule.full_moments) if routed else uniform(experts, expert)

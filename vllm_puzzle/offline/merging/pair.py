@@ -7,8 +7,8 @@ import torch
 
 from vllm_puzzle.format import pack, pack_single, unpack
 
-from .alignment import align, neuron_magnitudes
-from .compensation import compensate
+from .alignment import align_neurons, neuron_magnitudes
+from .compensation import compensate_columns
 from .correction import OutputCorrection
 from .elements import Merged, cheapest, paper_rule
 from .layer import ExpertWeights
@@ -118,7 +118,7 @@ class ElementRule:
         # What was refused is refused once more here, by a sentence.
         two = self._decide(weights, by_row, by_column)
         words.copy_(pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name))
-        return compare(words, list(weights))
+        return count_changes(words, list(weights))
 
     def _decide(self, weights: torch.Tensor, by_row: torch.Tensor | None, by_column: torch.Tensor) -> Merged:
         magnitudes = weights.abs().float()
@@ -139,7 +139,7 @@ def merge_by_compensation(
     """
     gate, up, down = (torch.stack([source.float() for source in sources]) for sources in _sources(experts, pair))
     # Gate and up read the same inputs, so one pass over the columns decides both.
-    both = compensate(
+    both = compensate_columns(
         torch.cat([gate, up], dim=1),
         torch.stack([member.hidden for member in statistics]),
         torch.cat(_rows(statistics), dim=1),
@@ -147,7 +147,7 @@ def merge_by_compensation(
     merged = _pair(experts, both[:, : gate.shape[1]], both[:, gate.shape[1] :], down)
     asked = [correction.ask(expert, merged, member, statistics[member]) for member, expert in enumerate(pair)]
     targets, moments = (torch.stack(parts) for parts in zip(*asked, strict=True))
-    merged.down = list(compensate(targets, moments, torch.ones(targets.shape[:2], device=targets.device)))
+    merged.down = list(compensate_columns(targets, moments, torch.ones(targets.shape[:2], device=targets.device)))
     for member, expert in enumerate(pair):
         correction.settle(expert, merged, member)
     return merged
@@ -158,7 +158,7 @@ def align_mates(
 ) -> tuple[ExpertStatistics, ExpertStatistics]:
     """Puts the second expert's neurons in the order that merges best; returns the statistics in that order."""
     first, second = pair
-    order = align((neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)), statistics)
+    order = align_neurons((neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)), statistics)
     experts.gate[second] = experts.gate[second][order]
     experts.up[second] = experts.up[second][order]
     experts.down[second] = experts.down[second][:, order]
@@ -187,10 +187,10 @@ def pack_pair(
     matrices = zip(merged.matrices(0), merged.matrices(1), strict=True)
     for members, sources, name in zip(matrices, _sources(experts, pair), names, strict=True):
         words = pack_members(members, name)
-        yield words, compare(words, sources)
+        yield words, count_changes(words, sources)
 
 
-def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
+def count_changes(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
     """What merging two matrices changed; `sources` are theirs, in the order of neurons that `words` have."""
     statistics = MergeStatistics(elements=words.numel())
     held = []

@@ -6,7 +6,7 @@ from typing import Any
 
 from .alignment import estimate_loss
 from .layer import ExpertWeights, LayerTokens, RoutedTokens
-from .saliency import ExpertStatistics, measure, uniform
+from .saliency import ExpertStatistics, measure_saliency
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Mates:
 def estimate_pairs(experts: ExpertWeights, pairs: Sequence[tuple[int, int]], tokens: LayerTokens | None) -> list[Mates]:
     """What to expect of each of `pairs`, in their order; without tokens every input and row counts alike."""
     routed = None if tokens is None else tokens.routed
-    ids = range(experts.num_experts)
-    statistics = [measure(experts, e, routed, full=False) if routed else uniform(experts, e) for e in ids]
+    statistics = [measure_saliency(experts, expert, routed, full=False) for expert in range(experts.num_experts)]
     return [estimate_pair(experts, pair, [statistics[expert] for expert in pair], tokens) for pair in pairs]
 
 

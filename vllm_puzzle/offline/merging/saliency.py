@@ -20,9 +20,14 @@ InputNorms = tuple[torch.Tensor, torch.Tensor]
 """L2 norms, float32, of each input channel of gate and up (hidden_size,) and of down (intermediate_size,)."""
 
 
-def input_norms(experts: ExpertWeights, expert: int, routed: RoutedTokens) -> InputNorms:
-    """The norms over the tokens routed to an expert, each counting alike, as in PuzzleMoE (section 3) and Wanda."""
+def input_norms(experts: ExpertWeights, expert: int, routed: RoutedTokens | None) -> InputNorms:
+    """The norms over the tokens routed to an expert, each counting alike, as in PuzzleMoE (section 3) and Wanda.
+
+    Without tokens they are ones: the paper's rule then keeps the larger weight.
+    """
     gate = experts.gate[expert]
+    if routed is None:
+        return torch.ones(gate.shape[1], device=gate.device), torch.ones(gate.shape[0], device=gate.device)
     hidden, intermediate = (torch.zeros(size, dtype=torch.float64, device=gate.device) for size in gate.shape[::-1])
     for _, _, rows in routed.parts(expert):
         hidden += rows.float().square().sum(dim=0)
@@ -109,7 +114,7 @@ def _slope(activation: Activation, x: torch.Tensor) -> torch.Tensor:
     return (activation(x + _STEP) - activation(x - _STEP)) / (2 * _STEP)
 
 
-def measure(experts: ExpertWeights, expert: int, routed: RoutedTokens, full: bool) -> ExpertStatistics:
+def measure_saliency(experts: ExpertWeights, expert: int, routed: RoutedTokens | None, full: bool) -> ExpertStatistics:
     """The statistics of one expert, shrunk where its tokens are few.
 
     With n tokens of its own and d inputs a matrix, a share d / (d + n) of the moment's shape is that of the layer's
@@ -117,8 +122,11 @@ def measure(experts: ExpertWeights, expert: int, routed: RoutedTokens, full: boo
     inputs are then shrunk to the diagonal by d / (d + n) of all the layer's tokens.
 
     Args:
+        routed: the calibration tokens; None gives `uniform_statistics`.
         full: moments between inputs too, and not only of each with itself.
     """
+    if routed is None:
+        return uniform_statistics(experts, expert)
     own, shared = _Sums(experts, expert, full), _Sums(experts, expert, full)
     count = 0
     for _, weights, rows in routed.parts(expert):
@@ -138,13 +146,7 @@ def measure(experts: ExpertWeights, expert: int, routed: RoutedTokens, full: boo
     return ExpertStatistics(hidden * total, intermediate * total, gate_rows, up_rows)
 
 
-def uniform_norms(experts: ExpertWeights, expert: int) -> InputNorms:
-    """Norms of one, for the paper's rule without calibration: it then keeps the larger weight."""
-    gate = experts.gate[expert]
-    return torch.ones(gate.shape[1], device=gate.device), torch.ones(gate.shape[0], device=gate.device)
-
-
-def uniform(experts: ExpertWeights, expert: int) -> ExpertStatistics:
+def uniform_statistics(experts: ExpertWeights, expert: int) -> ExpertStatistics:
     """The statistics without calibration: every input and every row matters alike."""
     gate = experts.gate[expert]
     intermediate_size, hidden_size = gate.shape

@@ -86,7 +86,7 @@ class Sizing(Strict):
     conversions: list[Conversion]
 
 
-def size_up(
+def size_model(
     sizes: ModelSizes, compression: float, context: int | None, gpu_memory_utilization: float, speed: Speed
 ) -> Sizing:
     """The sizing of a model; `context` None is the longest that the model was made for.
@@ -159,7 +159,7 @@ def kv_bytes_per_token(config: Any, ranks: int = 1) -> int:
     return config.num_hidden_layers * values * _KV_BYTES
 
 
-def splits(config: Any, shape: MoEShape, ranks: int, expert_ranks: int) -> bool:
+def can_split(config: Any, shape: MoEShape, ranks: int, expert_ranks: int) -> bool:
     """Whether vLLM can split the model over `ranks`: attention by heads, experts by their rows or whole.
 
     Args:
@@ -181,7 +181,7 @@ def _fit(
     while cards <= config.num_attention_heads:
         left = usable_mib * (1 << 20) - weight_bytes / cards
         tokens = int(left // kv_bytes_per_token(config, cards))
-        if tokens >= context and splits(config, shape, cards, expert_ranks):
+        if tokens >= context and can_split(config, shape, cards, expert_ranks):
             return Fit(cards=cards, kv_gib=cards * left / GIB, kv_tokens=tokens)
         cards *= 2
     return None

@@ -1,6 +1,6 @@
-"""What a merging rule is.
+"""The interface of a merging rule.
 
-Rules are data that the command line lists, so importing them imports no torch; what they compute is imported late.
+The command line lists the rules, so importing them imports no torch; what they compute with is imported late.
 """
 
 from __future__ import annotations
@@ -46,20 +46,21 @@ class Mating:
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """How two mates become one slot.
+    """How two mates are merged into one slot.
 
     Attributes:
         name: what `--rule` and the provenance call it.
         needs_tokens: it cannot do without calibration.
         sequential: each layer makes up for those before it, so layers are merged one after the other, and the tokens
-            take two ways: through the source model and through the merged layers.
-        can_align: neurons may be reordered before.
+            take two paths: through the source model and through the merged layers.
+        can_align: the second mate's neurons may be reordered before.
         estimates_loss: it measures saliency, from which the loss of a pair is estimated.
         full_moments: it needs the moments between inputs, not only each input's own.
-        leaves_traces: a merged element follows from the two at its place in the source, unless neurons were reordered.
+        leaves_traces: unless neurons were reordered, a merged element follows from the two elements at its place in the
+            source, see `shared_magnitudes`.
         pairs_evenly: random pairs are spread evenly over the layers, not by a budget.
-        reads_tau: `--tau` means something to it.
-        idle_consequence: what happens to an expert that no calibration token reached.
+        reads_tau: it uses `--tau`.
+        idle_consequence: what happens to experts that no calibration token reached, as part of a sentence.
     """
 
     name: str

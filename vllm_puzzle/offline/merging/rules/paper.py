@@ -24,13 +24,10 @@ if TYPE_CHECKING:
 class _Paper(Rule):
     def pack(self, mating: Mating) -> Iterator[Packed]:
         from ..pair import ElementRule
-        from ..saliency import input_norms, uniform_norms
+        from ..saliency import input_norms
 
-        experts, routed = mating.experts, mating.routed
-        norms = [
-            input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in mating.pair
-        ]
-        return ElementRule.of_the_paper(norms, mating.tau).pack(experts, mating.pair, mating.names)
+        norms = [input_norms(mating.experts, expert, mating.routed) for expert in mating.pair]
+        return ElementRule.of_the_paper(norms, mating.tau).pack(mating.experts, mating.pair, mating.names)
 
     def shared_magnitudes(
         self, sources: Sequence[torch.Tensor], layout: WordLayout, name: str
