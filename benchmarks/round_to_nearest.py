@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 
 from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
+from vllm_puzzle.offline.checkpoints.destination import check_destination, check_room, new_checkpoint
 from vllm_puzzle.offline.checkpoints.expert_tensors import check_experts, expected_experts
 from vllm_puzzle.offline.checkpoints.families import find_moe_shape
-from vllm_puzzle.offline.checkpoints.shards import Planned, ShardWriter, plan_shards
-from vllm_puzzle.offline.checkpoints.writer import check_destination, check_room, new_checkpoint
+from vllm_puzzle.offline.checkpoints.shards import ShardWriter, TensorLayout, lay_out_shards
 from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
 from vllm_puzzle.offline.errors import CheckpointError
 
@@ -56,10 +56,12 @@ def round_experts(source: Path, destination: Path, to: Format) -> None:
     rounding = round_to_fp8 if to == "fp8" else round_to_int4
     names = sorted(checkpoint.tensors)
     rounded = [
-        Planned(name, "BF16", info.shape, 2 * math.prod(info.shape)) if name in experts else Planned.copy_of(name, info)
+        TensorLayout(name, "BF16", info.shape, 2 * math.prod(info.shape))
+        if name in experts
+        else TensorLayout.copy_of(name, info)
         for name, info in ((name, checkpoint.tensors[name]) for name in names)
     ]
-    (shards,) = plan_shards([rounded], DEFAULT_SHARD_SIZE)
+    (shards,) = lay_out_shards([rounded], DEFAULT_SHARD_SIZE)
     with new_checkpoint(destination) as writer:
         with ShardWriter(writer.directory, shards) as file:
             for name in names:

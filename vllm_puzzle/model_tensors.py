@@ -35,31 +35,37 @@ def is_defined(config: Any) -> bool:
     return model.__name__.lower() in [architecture.lower() for architecture in config.architectures or []]
 
 
-def dense_tensors(config: Any, moe_layers: Collection[int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that the model needs outside its routed experts, by the tensor's name on the hub.
-
-    What is tied to another tensor need not be stored and is left out, and so are layers for multi-token prediction.
-
-    Args:
-        config: a transformers PretrainedConfig; it is not changed.
-        moe_layers: the layers with routed experts. Where transformers has other ones, nothing is known of their block.
+def empty_model(config: Any) -> Any:
+    """transformers' own causal model of a PretrainedConfig, bfloat16, on the meta device: it has no weights.
 
     Raises:
-        FormatError: transformers cannot build the model.
+        FormatError: transformers cannot build it.
     """
     config = copy.deepcopy(config)
-    # None of these changes a name or a shape, and a model may be served with values that transformers cannot build.
-    config._attn_implementation = config._experts_implementation = "eager"
+    # None of these changes a name, a shape or what a layer computes, and a config may ask for what is not installed
+    # here (flash attention, where a training run wrote it) or has no row of the embedding.
+    config._attn_implementation = config._experts_implementation = None
     config.pad_token_id = None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with torch.device("meta"), _silent_transformers():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except Exception as error:
         # Whatever a config can break in a model's constructor.
         reason = " ".join(str(error).split())
         raise FormatError(f"transformers cannot build the model of this config.json: {reason}") from None
+
+
+def dense_tensors(model: Any, moe_layers: Collection[int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a model needs outside its routed experts, by the tensor's name on the hub.
+
+    What is tied to another tensor need not be stored and is left out, and so are layers for multi-token prediction.
+
+    Args:
+        model: what `empty_model` returns.
+        moe_layers: the layers with routed experts. Where transformers has other ones, nothing is known of their block.
+    """
     state = model.state_dict()
     experts = {name for name in state if ".experts." in name}
     blocks = {match[1] for match in map(_BLOCK.search, experts) if match is not None}

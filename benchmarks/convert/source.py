@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_puzzle.offline.checkpoints.shards import Planned, ShardWriter, plan_shards
+from vllm_puzzle.offline.checkpoints.shards import ShardWriter, TensorLayout, lay_out_shards
 from vllm_puzzle.offline.checkpoints.writer import CheckpointWriter
 from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
 
@@ -74,11 +74,11 @@ def write_source(path: Path, shape: Shape, shard_size: int = DEFAULT_SHARD_SIZE)
     """Writes one; answers the bytes of its tensors. Every matrix is the same random numbers from another start on."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    tensors = [Planned(name, "BF16", size, 2 * math.prod(size)) for name, size in shape.tensors()]
+    tensors = [TensorLayout(name, "BF16", size, 2 * math.prod(size)) for name, size in shape.tensors()]
     longest = max(tensor.num_bytes for tensor in tensors) // 2
     generator = torch.Generator().manual_seed(0)
     numbers = torch.empty(longest + len(tensors), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    (shards,) = plan_shards([tensors], shard_size)
+    (shards,) = lay_out_shards([tensors], shard_size)
     with ShardWriter(path, shards) as file:
         for start, tensor in enumerate(tensors):
             file.write(tensor.name, numbers[start : start + tensor.num_bytes // 2].view(tensor.shape))

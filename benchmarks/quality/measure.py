@@ -14,7 +14,7 @@ from benchmarks.quality.peers import PEERS, Peer
 from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
 from benchmarks.quality.seeds import study_seeds
 from benchmarks.reference_model import Variant, read_text
-from vllm_puzzle.offline.conversion.calibration import read_calibration
+from vllm_puzzle.offline.conversion.calibration_text import read_calibration_text
 
 TEXT_TOKENS = 8192
 SEQUENCE_LENGTH = 256
@@ -46,7 +46,7 @@ def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_thr
     scorer = Scorer(model, windows)
     prompts = ids[TEXT_TOKENS : TEXT_TOKENS + PROMPTS * PROMPT_LENGTH].reshape(PROMPTS, PROMPT_LENGTH)
     wanted = continue_greedily(model, prompts, CONTINUATION_LENGTH)
-    token_ids, _ = read_calibration(calibration, model.checkpoint, model.config, CALIBRATION_SEQUENCES)
+    text = read_calibration_text(calibration, model.checkpoint, model.config, CALIBRATION_SEQUENCES)
 
     def add(method: str, cost: Cost) -> None:
         score = scorer.score()
@@ -74,10 +74,10 @@ def measure(name: Variant, folder: Path, calibration: Path, cache: Path, num_thr
     for row in PACKED:
         add(row.method, apply_packed(model, row, calibration, CALIBRATION_SEQUENCES, SEED))
     for peers in _together(PEERS.values()):
-        for peer, compressed in zip(peers, compress_by_peers(model, peers, token_ids, SEED), strict=True):
+        for peer, compressed in zip(peers, compress_by_peers(model, peers, text.token_ids, SEED), strict=True):
             compressed.apply(model)
             add(peer.name, compressed.cost)
-    for study in study_seeds(model, windows, token_ids):
+    for study in study_seeds(model, windows, text.token_ids):
         tables.add(tables.seeds, {"model": name, **study})
     return tables
 

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.quality.model import QualityModel, in_bfloat16
 from benchmarks.quality.peers import CompressedLayer, LoggedTokens, Peer
+from vllm_puzzle.offline.checkpoints.dense import build_model
 from vllm_puzzle.offline.conversion.calibration import Calibrator, HiddenStates
 from vllm_puzzle.offline.conversion.convert import convert
-from vllm_puzzle.offline.conversion.job import names_by_layer
 from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 
@@ -117,16 +117,14 @@ def walk(
     it before going on.
     """
     checkpoint, shape = model.checkpoint, model.shape
-    calibrator = Calibrator(checkpoint, model.config, shape, torch.device("cpu"))
-    hidden = calibrator.embed(token_ids)
-    names = names_by_layer(checkpoint, shape)
+    calibrator = Calibrator(checkpoint, build_model(model.config), token_ids, torch.device("cpu"))
+    hidden = calibrator.embed()
     for layer in range(shape.num_hidden_layers):
-        tensors = checkpoint.read(names[layer])
-        calibrator.load(layer, tensors)
-        routed = calibrator.run(hidden)
+        routed = calibrator.run(layer, hidden)
         if routed is None:
             continue
-        router = tensors[f"{shape.layer_prefix(layer)}{shape.family.moe_block}.gate.weight"]
+        name = f"{shape.block_prefix(layer)}gate.weight"
+        router = checkpoint.read([name])[name]
         logits = (routed.hidden @ router.to(routed.hidden.dtype).T).float()
         tokens = LoggedTokens(routed.hidden, routed.topk_ids, routed.topk_weights, logits)
         yield layer, model.source(layer), tokens, hidden

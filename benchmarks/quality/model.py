@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
 from vllm_puzzle.format import parse_packed_name, unpack
-from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
 from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts, layer_names
 from vllm_puzzle.offline.checkpoints.families import find_moe_shape
 from vllm_puzzle.offline.checkpoints.packed import PackedCheckpoint
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 
@@ -62,7 +62,7 @@ class QualityModel:
     """The reference model with transformers' own code around experts of ours."""
 
     def __init__(self, path: Path) -> None:
-        self.checkpoint = Checkpoint(path)
+        self.checkpoint = SourceCheckpoint(path)
         self.config = self.checkpoint.config
         self.shape = find_moe_shape(self.config, str(path / "config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(path)

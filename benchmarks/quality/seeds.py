@@ -12,18 +12,18 @@ from benchmarks.quality.methods import walk
 from benchmarks.quality.model import QualityModel
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.conversion.pairing import draw_mates
+from vllm_puzzle.offline.defaults import DEFAULT_TAU
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import ElementRule
-from vllm_puzzle.offline.merging.saliency import input_norms, measure
+from vllm_puzzle.offline.merging.saliency import input_norms, measure_saliency
 
 SEEDS = 8
-TAU = 0.4
 
 Rule = Callable[[Sequence[Any]], ElementRule]
 
 
 def _by_paper(norms: Sequence[Any]) -> ElementRule:
-    return ElementRule.of_the_paper(norms, TAU)
+    return ElementRule.of_the_paper(norms, DEFAULT_TAU)
 
 
 @torch.inference_mode()
@@ -42,7 +42,7 @@ def study_seeds(model: QualityModel, windows: torch.Tensor, token_ids: torch.Ten
         hidden.add(tokens.through(experts))
         ids = range(experts.num_experts)
         norms = [input_norms(experts, expert, tokens) for expert in ids]
-        moments = [measure(experts, expert, tokens, full=False) for expert in ids]
+        moments = [measure_saliency(experts, expert, tokens, full=False) for expert in ids]
         for seed, generator in enumerate(generators):
             mates = draw_mates(experts.num_experts, default_max_expert_parallel(experts.num_experts), generator)
             merged["paper's rule"][seed][layer] = _merge(experts, mates, _by_paper, norms)

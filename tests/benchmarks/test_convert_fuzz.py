@@ -10,4 +10,6 @@ def test_damaged_headers_and_indices(tmp_path: Path) -> None:
     assert result["untyped"] == []
     assert result["left_behind"] == []
     # Some damages change nothing that matters, such as the case of a name that nothing reads.
-    assert 75 < int(str(result["refused"])) < 150
+    refused, converted = int(str(result["refused"])), int(str(result["converted"]))
+    assert refused + converted == 150
+    assert min(refused, converted) > 0

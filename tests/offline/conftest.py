@@ -7,13 +7,13 @@ import pytest
 
 from tests.offline.planning import SPEED
 from tests.tiny import build_tiny
+from vllm_puzzle.offline.conversion.estimate import Speed
 
 
 @pytest.fixture(scope="module", autouse=True)
 def known_speed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("convert", "estimate"):
-            patch.setattr(f"vllm_puzzle.offline.conversion.{module}.measure_speed", lambda device: SPEED)
+        patch.setattr(Speed, "measure", lambda device: SPEED)
         yield
 
 

@@ -8,7 +8,8 @@ from torch.nn.functional import silu
 
 import vllm_puzzle.offline.merging.merge_layer
 from vllm_puzzle.format import LayerSlots, unpack
-from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging import rules
+from vllm_puzzle.offline.merging.layer import ExpertWeights, LayerTokens, RoutedTokens
 from vllm_puzzle.offline.merging.pair import MergeStatistics
 from vllm_puzzle.offline.merging.recipe import Recipe
 
@@ -16,16 +17,16 @@ from vllm_puzzle.offline.merging.recipe import Recipe
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 24, 20, 6, 2
 
 EVERY_RECIPE = [
-    Recipe("paper"),
-    Recipe("saliency"),
-    Recipe("saliency", align=True),
-    Recipe("compensated"),
-    Recipe("compensated", align=True),
+    Recipe(rules.PAPER),
+    Recipe(rules.SALIENCY),
+    Recipe(rules.SALIENCY, align=True),
+    Recipe(rules.COMPENSATED),
+    Recipe(rules.COMPENSATED, align=True),
 ]
 
 
 def recipe_name(recipe: Recipe) -> str:
-    return recipe.rule + " aligned" * recipe.align
+    return recipe.rule.name + " aligned" * recipe.align
 
 
 def small_experts(
@@ -90,8 +91,9 @@ def merge_layer(
         for member, expert in enumerate(slots.members(slot)):
             (stored.gate, stored.up, stored.down)[position][expert] = unpack(matrix, member)
 
+    tokens = None if routed is None else LayerTokens(routed, 1.0, lacking)
     merged = vllm_puzzle.offline.merging.merge_layer.merge_layer(
-        experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, routed, lacking
+        experts.matrices, experts.activation, names_of(experts), slots, recipe, emit, tokens
     )
     return PackedLayer(words, stored, merged.statistics)
 

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import relu
 
 from tests.offline.small import HIDDEN_SIZE, INTERMEDIATE_SIZE, small_experts, small_tokens
-from vllm_puzzle.offline.merging.alignment import align, estimate_loss, neuron_magnitudes
+from vllm_puzzle.offline.merging.alignment import align_neurons, estimate_loss, neuron_magnitudes
+from vllm_puzzle.offline.merging.elements import cheapest_loss
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import align_mates
-from vllm_puzzle.offline.merging.saliency import ExpertStatistics, measure, uniform
+from vllm_puzzle.offline.merging.saliency import ExpertStatistics, measure_saliency, uniform_statistics
 
 PERMUTATION = torch.randperm(INTERMEDIATE_SIZE, generator=torch.Generator().manual_seed(3))
 
@@ -33,8 +35,8 @@ def magnitudes_of(experts: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def statistics_of(experts: ExpertWeights, calibrated: bool) -> list[ExpertStatistics]:
-    tokens = small_tokens(300, num_experts=2)
-    return [measure(experts, e, tokens, full=False) if calibrated else uniform(experts, e) for e in (0, 1)]
+    tokens = small_tokens(300, num_experts=2) if calibrated else None
+    return [measure_saliency(experts, expert, tokens, full=False) for expert in (0, 1)]
 
 
 def loss_in_order(experts: ExpertWeights, statistics: list[ExpertStatistics], order: torch.Tensor) -> float:
@@ -48,7 +50,7 @@ def loss_in_order(experts: ExpertWeights, statistics: list[ExpertStatistics], or
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_planted_order_is_found(noise: float, calibrated: bool) -> None:
     experts = with_a_reordered_copy(noise)
-    order = align(magnitudes_of(experts), statistics_of(experts, calibrated))
+    order = align_neurons(magnitudes_of(experts), statistics_of(experts, calibrated))
     assert torch.equal(PERMUTATION[order], torch.arange(INTERMEDIATE_SIZE))
 
 
@@ -58,7 +60,7 @@ def test_every_matrix_tells_neurons_apart(telling: str) -> None:
     for name in {"gate", "up", "down"} - {telling}:
         for matrix in getattr(experts, name):
             matrix.fill_(0.25)
-    order = align(magnitudes_of(experts), statistics_of(experts, calibrated=False))
+    order = align_neurons(magnitudes_of(experts), statistics_of(experts, calibrated=False))
     assert torch.equal(PERMUTATION[order], torch.arange(INTERMEDIATE_SIZE))
 
 
@@ -66,7 +68,7 @@ def test_every_matrix_tells_neurons_apart(telling: str) -> None:
 def test_no_random_order_loses_less(calibrated: bool) -> None:
     experts = small_experts(2)
     statistics = statistics_of(experts, calibrated)
-    order = align(magnitudes_of(experts), statistics)
+    order = align_neurons(magnitudes_of(experts), statistics)
     assert sorted(order.tolist()) == list(range(INTERMEDIATE_SIZE))
     best = loss_in_order(experts, statistics, order)
     generator = torch.Generator().manual_seed(5)
@@ -83,18 +85,27 @@ def test_neurons_that_matter_to_one_mate_alone_decide_the_order() -> None:
     """Calibration counts: the order that is best for the weights alone is not that which is best for the outputs."""
     experts = small_experts(2)
     statistics = statistics_of(experts, calibrated=True)
-    order = align(magnitudes_of(experts), statistics)
-    blind = align(magnitudes_of(experts), statistics_of(experts, calibrated=False))
+    order = align_neurons(magnitudes_of(experts), statistics)
+    blind = align_neurons(magnitudes_of(experts), statistics_of(experts, calibrated=False))
     assert loss_in_order(experts, statistics, order) < loss_in_order(experts, statistics, blind)
 
 
-def test_parts_of_the_losses_add_up_to_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = with_a_reordered_copy(0.3)
-    statistics = statistics_of(experts, calibrated=True)
-    whole = align(magnitudes_of(experts), statistics)
-    monkeypatch.setattr("vllm_puzzle.offline.merging.alignment._COLUMNS_AT_ONCE", 7)
-    monkeypatch.setattr("vllm_puzzle.offline.merging.alignment._ELEMENTS_AT_ONCE", 3 * 7 * INTERMEDIATE_SIZE)
-    assert torch.equal(align(magnitudes_of(experts), statistics), whole)
+def test_a_large_layer_is_aligned_as_if_all_losses_were_there_at_once() -> None:
+    """Of more columns, and of more elements, than are computed at once."""
+    experts = small_experts(2, hidden_size=200, intermediate_size=90)
+    statistics = [uniform_statistics(experts, expert) for expert in (0, 1)]
+    first, second = magnitudes_of(experts)
+    costs = [member.neuron_costs() for member in statistics]
+    loss = torch.stack(
+        [
+            cheapest_loss(row, second, cost, costs[1]).sum(dim=1, dtype=torch.float64)
+            for row, cost in zip(first, costs[0], strict=True)
+        ]
+    )
+    least = float(loss[linear_sum_assignment(loss.numpy())].sum())
+    order = align_neurons((first, second), statistics)
+    assert sorted(order.tolist()) == list(range(90))
+    assert float(loss[torch.arange(90), order].sum()) == pytest.approx(least, rel=1e-6)
 
 
 def test_aligning_changes_no_expert() -> None:
@@ -109,7 +120,7 @@ def test_aligning_changes_no_expert() -> None:
     hidden = integers(50, HIDDEN_SIZE)
     before = [experts.output(expert, hidden) for expert in range(3)]
     unaligned = experts.copy()
-    align_mates(experts, (2, 0), [uniform(experts, 2), uniform(experts, 0)])
+    align_mates(experts, (2, 0), [uniform_statistics(experts, 2), uniform_statistics(experts, 0)])
     for expert in range(3):
         assert torch.equal(experts.output(expert, hidden), before[expert])
     # The second mate's neurons moved, and no other's.
@@ -124,9 +135,9 @@ def test_aligning_changes_no_expert() -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_statistics_move_with_their_neurons(full: bool) -> None:
     experts, tokens = small_experts(2), small_tokens(200, num_experts=2)
-    answered = align_mates(experts, (0, 1), [measure(experts, expert, tokens, full) for expert in (0, 1)])
+    answered = align_mates(experts, (0, 1), [measure_saliency(experts, expert, tokens, full) for expert in (0, 1)])
     for expert in (0, 1):
-        anew = measure(experts, expert, tokens, full)
+        anew = measure_saliency(experts, expert, tokens, full)
         for name in ("hidden", "intermediate", "gate_rows", "up_rows"):
             torch.testing.assert_close(getattr(answered[expert], name), getattr(anew, name))
 

@@ -1,77 +1,26 @@
 """Calibration, held against hooks in transformers' own whole model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-import vllm_puzzle.offline.conversion.units
+from tests.offline.whole_model import WholeModel, moe_block, run_whole_model
 from tests.tiny import FAMILIES, build_tiny
 from vllm_puzzle.cli import main
+from vllm_puzzle.offline.checkpoints.dense import build_model
 from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts
-from vllm_puzzle.offline.checkpoints.families import MoEShape
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
-from vllm_puzzle.offline.conversion.calibration import Calibrator, HiddenStates, read_calibration
-from vllm_puzzle.offline.merging.layer import RoutedTokens
-from vllm_puzzle.offline.merging.merge_layer import MergedLayer
+from vllm_puzzle.offline.conversion.calibration import Calibrator, HiddenStates
+from vllm_puzzle.offline.conversion.calibration_text import read_calibration_text
+from vllm_puzzle.offline.conversion.calibration_walk import CalibrationWalk
+from vllm_puzzle.offline.merging.layer import ExpertWeights, LayerTokens
 from vllm_puzzle.offline.merging.saliency import input_norms
 
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(1500))
-
-
-@dataclass
-class WholeModel:
-    """What transformers' own model did with some tokens: per layer, all sequences one after the other.
-
-    `entering` is what the stock experts modules were given (hidden, ids, router weights), `leaving` the states
-    after each decoder layer. The model's weights are `layers`.
-    """
-
-    layers: Any
-    entering: dict[int, Sequence[torch.Tensor]]
-    leaving: list[torch.Tensor]
-
-
-def moe_block(layer: Any) -> Any:
-    """What transformers calls mlp in most families."""
-    return next(getattr(layer, name) for name in ("mlp", "block_sparse_moe", "feed_forward") if hasattr(layer, name))
-
-
-def routed(experts: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """(hidden, ids, router weights) of a call of an experts module.
-
-    Llama 4 gives every expert all tokens, times the router weight of the one that is chosen and zero for the others.
-    """
-    if len(arguments) == 3:
-        return arguments
-    weighed = arguments[0].view(experts.num_experts, -1, experts.hidden_size)
-    chosen = [[int(expert.any(dim=1).nonzero()[0])] for expert in weighed.unbind(dim=1)]
-    return weighed.sum(dim=0), torch.tensor(chosen), torch.ones(len(chosen), 1)
-
-
-def run_whole_model(path: Path, token_ids: torch.Tensor, shape: MoEShape) -> WholeModel:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-    calls: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in shape.moe_layers}
-    leaving: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
-    for layer in shape.moe_layers:
-        moe_block(model.model.layers[layer]).experts.register_forward_pre_hook(
-            lambda module, args, layer=layer: calls[layer].append(routed(module, args))
-        )
-    for layer, module in enumerate(model.model.layers):
-        module.register_forward_hook(lambda module, args, output, layer=layer: leaving[layer].append(output[0]))
-    with torch.inference_mode():
-        for row in token_ids:
-            model(row[None])
-    return WholeModel(
-        model.model.layers,
-        {layer: [torch.cat(part) for part in zip(*parts, strict=True)] for layer, parts in calls.items()},
-        [torch.cat(states) for states in leaving],
-    )
 
 
 def sums_of_the_whole_model(whole: WholeModel, layer: int) -> list[torch.Tensor]:
@@ -102,20 +51,21 @@ def test_norms_are_those_of_the_whole_model(family: str, overrides: dict[str, An
     (tmp_path / "text").write_text(TEXT)
     checkpoint = SourceCheckpoint(path)
     config, shape = checkpoint.config, checkpoint.shape
-    token_ids, calibration = read_calibration(tmp_path / "text", checkpoint, config, 4)
+    text = read_calibration_text(tmp_path / "text", checkpoint, config, 4)
+    token_ids = text.token_ids
     # The model's longest sequence is shorter than the usual 2048.
     assert token_ids.shape == (4, 256)
-    assert (calibration.sequences, calibration.sequence_length) == (4, 256)
+    assert (text.record.sequences, text.record.sequence_length) == (4, 256)
     assert torch.equal(token_ids.flatten(), torch.tensor(AutoTokenizer.from_pretrained(path)(TEXT).input_ids)[:1024])
-    calibrator = Calibrator(checkpoint, config, shape, torch.device("cpu"))
-    hidden = calibrator.embed(token_ids)
+    calibrator = Calibrator(checkpoint, build_model(config), token_ids, torch.device("cpu"))
+    hidden = calibrator.embed()
     whole = run_whole_model(path, token_ids, shape)
     for layer in range(shape.num_hidden_layers):
-        tensors = checkpoint.read([name for name in checkpoint.tensors if name.startswith(shape.layer_prefix(layer))])
-        calibrator.load(layer, tensors)
-        seen = calibrator.run(hidden)
+        seen = calibrator.run(layer, hidden)
         assert (seen is None) == (layer not in shape.moe_layers)
         if seen is not None:
+            names = [name for name in checkpoint.tensors if name.startswith(shape.experts_prefix(layer))]
+            tensors = checkpoint.read(names)
             experts = layer_experts(shape, layer, tensors, ACT2FN[config.hidden_act], torch.device("cpu"))
             sums = []
             for expert in range(shape.num_experts):
@@ -153,31 +103,30 @@ def test_each_layer_makes_up_for_the_merged_layers_before_it(
     """What enters a layer's experts while it is merged is what enters them in the model that comes out."""
     path, packed, plain = build_tiny(family, tmp_path / "m"), tmp_path / "packed", tmp_path / "plain"
     (tmp_path / "text").write_text(TEXT)
-    calls: list[tuple[RoutedTokens, torch.Tensor]] = []
-    merge_layer = vllm_puzzle.offline.conversion.units.merge_layer
+    seen: list[LayerTokens] = []
+    leave = CalibrationWalk.leave
 
-    def record(*arguments: Any) -> MergedLayer:
-        result = merge_layer(*arguments)
-        calls.append(arguments[6:8])
-        return result
+    def record(walk: CalibrationWalk, layer: int, tokens: LayerTokens, experts: ExpertWeights) -> None:
+        seen.append(tokens)
+        leave(walk, layer, tokens, experts)
 
-    monkeypatch.setattr("vllm_puzzle.offline.conversion.units.merge_layer", record)
+    monkeypatch.setattr(CalibrationWalk, "leave", record)
     options = ["--calibration", str(tmp_path / "text"), "--calibration-sequences", "2", "--rule", "compensated"]
     assert main(["convert", str(path), str(packed), *options]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0
     checkpoint = SourceCheckpoint(path)
     shape = checkpoint.shape
-    token_ids, _ = read_calibration(tmp_path / "text", checkpoint, checkpoint.config, 2)
-    source, merged = (run_whole_model(model, token_ids, shape) for model in (path, plain))
-    assert len(calls) == len(shape.moe_layers)
-    for layer, (arrived, lacking) in zip(shape.moe_layers, calls, strict=True):
+    text = read_calibration_text(tmp_path / "text", checkpoint, checkpoint.config, 2)
+    source, merged = (run_whole_model(model, text.token_ids, shape) for model in (path, plain))
+    for layer, tokens in zip(shape.moe_layers, seen, strict=True):
+        assert tokens.lacking is not None
         before, after = (whole.entering[layer][0].float() for whole in (source, merged))
         # Of most tokens: on a tie the two may route a token elsewhere.
-        away, drift = ((arrived.hidden - each).norm(dim=1).median() for each in (after, before))
+        away, drift = ((tokens.routed.hidden - each).norm(dim=1).median() for each in (after, before))
         assert away < 0.02 * after.norm(dim=1).median()
         if layer > shape.moe_layers[0]:
             # Far enough from the source for this to tell anything.
             assert away < 0.5 * drift
         # And what it still lacks then is known, but for what both models round.
         left = source.leaving[layer].float() - merged.leaving[layer].float()
-        assert (lacking - left).norm(dim=1).median() < 0.6 * left.norm(dim=1).median()
+        assert (tokens.lacking - left).norm(dim=1).median() < 0.6 * left.norm(dim=1).median()

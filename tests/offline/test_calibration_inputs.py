@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.offline.checkpoints import read_stored
 from tests.offline.faulty import assert_one_sentence, edit_config, edit_tensors
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
-from vllm_puzzle.offline.conversion.calibration import read_calibration
-from vllm_puzzle.offline.conversion.calibration_text import first_tokens, load_tokenizer
+from vllm_puzzle.offline.conversion.calibration_text import first_tokens, load_tokenizer, read_calibration_text
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -25,10 +24,7 @@ Edit = Callable[[dict[str, torch.Tensor]], None]
 def convert(source: Path, destination: Path, text: Path, *options: str) -> dict[str, torch.Tensor]:
     arguments = ["convert", str(source), str(destination), "--calibration", str(text), "--rule", "compensated"]
     assert main([*arguments, "--calibration-sequences", "2", *options]) == 0
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in destination.glob("*.safetensors"):
-        tensors.update(load_file(shard))
-    return tensors
+    return read_stored(destination)
 
 
 def add_to_every_layer(name: str) -> Edit:
@@ -134,17 +130,15 @@ NOT_FINITE = [
 
 
 @pytest.mark.parametrize("rule", ["saliency", "compensated"])
-@pytest.mark.parametrize(("family", "name", "index", "value"), NOT_FINITE)
+@pytest.mark.parametrize("fault", NOT_FINITE, ids=lambda fault: fault[1])
 def test_a_number_that_is_not_finite_is_named(
-    family: str,
-    name: str,
-    index: tuple[int, ...],
-    value: float,
+    fault: tuple[str, str, tuple[int, ...], float],
     rule: str,
     text: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    family, name, index, value = fault
     source = build_tiny(family, tmp_path / "source")
     edit_tensors(source, lambda tensors: tensors[name].__setitem__(index, value))
     arguments = ["convert", str(source), str(tmp_path / "packed"), "--calibration", str(text), "--rule", rule]
@@ -221,8 +215,9 @@ def test_a_text_is_read_as_far_as_it_is_wanted(source: Path, tmp_path: Path) -> 
     text = tmp_path / "text"
     for content in ("a b\r\nc ", "a b\r\nc " * 40_000):
         text.write_bytes(content.encode())
-        ids, calibration = read_calibration(text, checkpoint, checkpoint.config, 2)
-        assert calibration.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+        read = read_calibration_text(text, checkpoint, checkpoint.config, 2)
+        ids = read.token_ids
+        assert read.record.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
         # A byte is a token there, and the sequence no longer than the model's longest.
         assert ids.shape == ((1, 7) if len(content) == 7 else (2, 256))
         whole = load_tokenizer(source)(content, verbose=False).input_ids

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -260,3 +261,27 @@ def test_what_is_said_on_ctrl_c_is_true(
         capsys.readouterr()
         assert main(words) == 130
         assert capsys.readouterr().err == f"interrupted; {said}\n"
+
+
+def test_the_command_line_of_a_shell(source: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+
+    done = run("vllm_puzzle.convert", str(source), str(tmp_path / "packed"))
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{tmp_path / 'packed'}: experts 553 kB -> 276 kB, checkpoint 806 kB -> 529 kB, ")
+    # Not a terminal: no progress bar, only what had to be announced.
+    first, cost, pairing = done.stderr.splitlines()
+    assert first == "no calibration text was given: experts are weighed by the magnitude of their weights alone"
+    assert re.fullmatch(
+        r"rule saliency with aligned neurons on cpu: about \d+ seconds \([\d.]+ minutes a billion weights\), "
+        r"\d+ MB of memory",
+        cost,
+    )
+    assert pairing == "pairing random: 12 pairs, 4 to 4 a layer"
+    again = run("vllm_puzzle.convert", str(source), str(tmp_path / "packed"))
+    assert again.returncode == 1
+    assert again.stderr == f"error: {tmp_path / 'packed'} exists already; choose another name or remove it\n"
+    usage = run("vllm_puzzle.convert", str(source), str(tmp_path / "other"), "--rule", "magic")
+    assert usage.returncode == 2
+    assert "Traceback" not in usage.stderr

@@ -12,21 +12,22 @@ from tests.offline.faulty import assert_one_sentence, edit_config
 from tests.offline.planning import SPEED
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
+from vllm_puzzle.offline.checkpoints.dense import build_model
 from vllm_puzzle.offline.checkpoints.expert_tensors import check_experts
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 from vllm_puzzle.offline.conversion.calibration import Calibrator
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.reports.model_sizes import read_model_sizes
-from vllm_puzzle.offline.reports.sizing import size_up
+from vllm_puzzle.offline.reports.sizing import size_model
 
 
 def read(path: Path) -> None:
     """All that converting, verifying and planning make of a config, without the tensors."""
     checkpoint = SourceCheckpoint(path)
     check_experts(checkpoint, checkpoint.shape)
-    size_up(read_model_sizes(str(path)), 50, None, 0.9, SPEED)
-    calibrator = Calibrator(checkpoint, checkpoint.config, checkpoint.shape, torch.device("cpu"))
-    calibrator.embed(torch.ones(1, 4, dtype=torch.long))
+    size_model(read_model_sizes(str(path)), 50, None, 0.9, SPEED)
+    token_ids = torch.ones(1, 4, dtype=torch.long)
+    Calibrator(checkpoint, build_model(checkpoint.config), token_ids, torch.device("cpu")).embed()
 
 
 # What each family's own layers and experts are computed from, beside what all families have.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny, by_expert
+from tests.offline.checkpoints import expert_bytes, read_all
+from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig, parse_packed_name
 
@@ -29,19 +29,6 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=FAMILIES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny(request.param, tmp_path_factory.mktemp(request.param) / "source")
-
-
-def read_all(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, those of all experts split into each expert's."""
-    tensors = {}
-    for shard in path.glob("*.safetensors"):
-        with safe_open(shard, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return by_expert(tensors)
-
-
-def expert_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
 
 
 @pytest.mark.parametrize(

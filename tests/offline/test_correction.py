@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from tests.offline.small import HIDDEN_SIZE, PackedLayer, merge_layer, slots_of, small_experts, small_tokens
+from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.correction import OutputCorrection
 from vllm_puzzle.offline.merging.layer import RoutedTokens
 from vllm_puzzle.offline.merging.pair import ElementRule
 from vllm_puzzle.offline.merging.recipe import Recipe
-from vllm_puzzle.offline.merging.saliency import measure
+from vllm_puzzle.offline.merging.saliency import measure_saliency
 
 PAIRS = [(0, 3), (1, 2), (4, 5)]
-SALIENCY, COMPENSATED = Recipe("saliency"), Recipe("compensated")
+SALIENCY, COMPENSATED = Recipe(rules.SALIENCY), Recipe(rules.COMPENSATED)
 DIRECTION = torch.nn.functional.normalize(torch.randn(HIDDEN_SIZE, generator=torch.Generator().manual_seed(9)), dim=0)
 
 
@@ -30,7 +31,7 @@ def test_a_compensated_layer_answers_more_like_the_source(align: bool, routed: R
     wanted = routed.through(small_experts())
 
     def error(rule: str) -> float:
-        packed = merged(Recipe(rule, align), routed, torch.zeros_like(wanted))
+        packed = merged(Recipe(rules.RULES[rule], align), routed, torch.zeros_like(wanted))
         return float((routed.through(packed.experts) - wanted).norm() / wanted.norm())
 
     assert error("compensated") < 0.6 * error("saliency")
@@ -52,7 +53,7 @@ def test_what_is_lacking_is_known_exactly_after_every_pair(align: bool, routed: 
     answer = routed.through(small_experts())
     drift = 0.3 * answer.norm(dim=1).mean() * DIRECTION.expand_as(answer)
     lacking = drift.clone()
-    packed = merged(Recipe("compensated", align), routed, lacking)
+    packed = merged(Recipe(rules.COMPENSATED, align), routed, lacking)
     left = answer + drift - routed.through(packed.experts)
     assert float((lacking - left).norm()) < 1e-3 * float(left.norm())
 
@@ -83,13 +84,13 @@ def test_later_pairs_make_up_for_earlier_ones(routed: RoutedTokens) -> None:
 
 def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
     experts, pair = small_experts(), (4, 1)
-    merged_pair = ElementRule.of_saliency([measure(experts, expert, routed, full=False) for expert in pair]).merge(
-        experts, pair
-    )
+    merged_pair = ElementRule.of_saliency(
+        [measure_saliency(experts, expert, routed, full=False) for expert in pair]
+    ).merge(experts, pair)
     correction = OutputCorrection(experts, routed, torch.zeros_like(routed.hidden))
     for member, expert in enumerate(pair):
-        statistics = measure(experts, expert, routed, full=True)
-        asked, moment = correction.ask(expert, merged_pair, member, statistics)
+        full = measure_saliency(experts, expert, routed, full=True)
+        asked, moment = correction.ask(expert, merged_pair, member, full)
         tokens, weights = routed.of(expert)
         read = merged_pair.intermediate(member, routed.hidden[tokens]) * weights[:, None]
         answers = experts.output(expert, routed.hidden[tokens]) * weights[:, None]
@@ -97,7 +98,7 @@ def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
         assert errors[0] < 0.7 * errors[1]
         # What compensating its columns will count is what it will read, but for the shrinkage.
         share = len(moment) / (len(moment) + len(tokens))
-        expected = (1 - share) * read.T @ read + share * statistics.intermediate
+        expected = (1 - share) * read.T @ read + share * full.intermediate
         torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -111,7 +112,7 @@ def test_an_expert_alone_stays_as_it_was(routed: RoutedTokens) -> None:
             torch.testing.assert_close(got, own, rtol=0, atol=2.0**-15)
 
 
-@pytest.mark.parametrize("recipe", [Recipe("compensated"), Recipe("compensated", align=True)])
+@pytest.mark.parametrize("recipe", [Recipe(rules.COMPENSATED), Recipe(rules.COMPENSATED, align=True)])
 def test_mates_without_any_weight_are_merged_too(recipe: Recipe, routed: RoutedTokens) -> None:
     """Nothing comes out of them whatever goes in, so no regression can tell what their down should be."""
     experts = small_experts()

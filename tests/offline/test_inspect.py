@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from tests.offline.checkpoints import read_all
 from tests.offline.faulty import assert_one_sentence
-from tests.offline.test_convert import read_all
 from tests.tiny import NUM_EXPERTS, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import WORD16, LayerSlots, PuzzleMoEQuantizationConfig, parse_packed_name, unpack

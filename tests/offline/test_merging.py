@@ -20,20 +20,21 @@ from tests.offline.small import (
     small_tokens,
 )
 from vllm_puzzle.format import FormatError, unpack
-from vllm_puzzle.offline.merging.compensation import compensate
+from vllm_puzzle.offline.merging import rules
+from vllm_puzzle.offline.merging.compensation import compensate_columns
 from vllm_puzzle.offline.merging.correction import OutputCorrection
+from vllm_puzzle.offline.merging.elements import cheapest, paper_rule
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import (
     ElementRule,
     MergeStatistics,
     align_mates,
-    compare,
+    count_changes,
     merge_by_compensation,
     pack_members,
 )
 from vllm_puzzle.offline.merging.recipe import Recipe
-from vllm_puzzle.offline.merging.rules import cheapest
-from vllm_puzzle.offline.merging.saliency import InputNorms, measure
+from vllm_puzzle.offline.merging.saliency import InputNorms, measure_saliency
 
 # BF16 values of both signs, zeros, equal and nearly equal magnitudes among them.
 elements = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 0.21875, -1.0, 0.4296875, 3.0, -0.0625, 2.0**-15])
@@ -64,7 +65,7 @@ def merge_by_the_paper(
     ):
         assert torch.equal(words, pack_members(matrices, "a"))
         # Whoever merged and packed counted alike, and added in another order.
-        assert asdict(statistics) == pytest.approx(asdict(compare(words, sources)), rel=1e-5, abs=1e-12)
+        assert asdict(statistics) == pytest.approx(asdict(count_changes(words, sources)), rel=1e-5, abs=1e-12)
     return packed
 
 
@@ -106,36 +107,35 @@ def test_at_tau_04_half_of_two_gaussian_experts_is_shared() -> None:
     sizes = ((400, 300), (400, 300), (300, 400))
     gate, up, down = ([torch.randn(*size, generator=generator) * 0.02 for _ in range(2)] for size in sizes)
     experts = ExpertWeights(gate, up, down, silu)
-    statistics = merge_layer(experts, slots_of([(0, 1)], 2), Recipe("paper")).statistics
+    statistics = merge_layer(experts, slots_of([(0, 1)], 2), Recipe(rules.PAPER)).statistics
     assert statistics.elements == 3 * 400 * 300
     # The paper counts about 48 % similar elements, so about 26 % of an expert's weights lost.
     assert statistics.shared_fraction == pytest.approx(0.48, abs=0.03)
     assert statistics.kept_fraction == pytest.approx(0.74, abs=0.02)
 
 
-def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts, routed = small_experts(), small_tokens(60)
+@pytest.mark.parametrize("tau", [None, 0.4])
+def test_a_large_matrix_is_merged_as_if_all_of_it_were_there_at_once(tau: float | None) -> None:
+    """Of more elements than are merged at once, in numbers of rows that do not divide."""
+    experts = small_experts(2, hidden_size=700, intermediate_size=401)
     generator = torch.Generator().manual_seed(1)
-    channels = [tuple(torch.rand(size, generator=generator) for size in experts.gate[0].shape[::-1]) for _ in range(2)]
-    statistics = [measure(experts, expert, routed, full=False) for expert in (0, 1)]
-
-    def merge() -> list[torch.Tensor]:
-        both = (
-            ElementRule.of_the_paper(channels, 0.4).merge(experts, (0, 1)),
-            ElementRule.of_saliency(statistics).merge(experts, (0, 1)),
-        )
-        return [matrix for merged in both for member in (0, 1) for matrix in merged.matrices(member)]
-
-    whole = merge()
-    # Neither number of rows is a multiple of the rows that fit.
-    monkeypatch.setattr("vllm_puzzle.offline.merging.pair._ELEMENTS_PER_BLOCK", 75)
-    assert all(torch.equal(part, of_all) for part, of_all in zip(merge(), whole, strict=True))
+    hidden, intermediate = (torch.rand(2, 1, size, generator=generator) for size in (700, 401))
+    merged = ElementRule(((None, hidden), (None, hidden), (None, intermediate)), tau).merge(experts, (0, 1))
+    for got, own, importance in (
+        (merged.gate, experts.gate, hidden),
+        (merged.up, experts.up, hidden),
+        (merged.down, experts.down, intermediate),
+    ):
+        weights = torch.stack(own).float()
+        magnitudes = weights.abs()
+        whole = cheapest(magnitudes, importance) if tau is None else paper_rule(magnitudes, importance, tau)
+        assert torch.equal(torch.stack(got), whole.signed(weights))
 
 
 def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
     experts, routed = small_experts(), small_tokens(60)
     pair = (4, 1)
-    statistics = [measure(experts, expert, routed, full=False) for expert in pair]
+    statistics = [measure_saliency(experts, expert, routed, full=False) for expert in pair]
     merged = ElementRule.of_saliency(statistics).merge(experts, pair)
     costs = torch.stack([member.neuron_costs() for member in statistics]).chunk(3, dim=2)
     down = [matrix.T for matrix in merged.down], [matrix.T for matrix in experts.down]
@@ -149,7 +149,7 @@ def test_by_saliency_every_weight_counts_what_its_neuron_says() -> None:
 def test_by_compensation_gate_and_up_have_their_own_rows_and_down_reads_what_is_merged() -> None:
     experts, routed = small_experts(), small_tokens(200)
     pair = (4, 1)
-    statistics = [measure(experts, expert, routed, full=True) for expert in pair]
+    statistics = [measure_saliency(experts, expert, routed, full=True) for expert in pair]
     lacking = torch.zeros_like(routed.hidden)
     merged = merge_by_compensation(experts, pair, statistics, OutputCorrection(experts, routed, lacking))
     hidden = torch.stack([member.hidden for member in statistics])
@@ -157,13 +157,13 @@ def test_by_compensation_gate_and_up_have_their_own_rows_and_down_reads_what_is_
         (merged.gate, experts.gate, [member.gate_rows for member in statistics]),
         (merged.up, experts.up, [member.up_rows for member in statistics]),
     ):
-        alone = compensate(torch.stack([own[expert].float() for expert in pair]), hidden, torch.stack(rows))
+        alone = compensate_columns(torch.stack([own[expert].float() for expert in pair]), hidden, torch.stack(rows))
         # Products of another shape may round to the neighbour.
         torch.testing.assert_close(torch.stack(list(got)), alone, rtol=2**-6, atol=0)
     correction = OutputCorrection(experts, routed, torch.zeros_like(lacking))
     asked = [correction.ask(expert, merged, member, statistics[member]) for member, expert in enumerate(pair)]
     targets, moments = (torch.stack(parts) for parts in zip(*asked, strict=True))
-    down = compensate(targets, moments, torch.ones(targets.shape[:2]))
+    down = compensate_columns(targets, moments, torch.ones(targets.shape[:2]))
     torch.testing.assert_close(torch.stack(list(merged.down)), down)
 
 
@@ -206,7 +206,7 @@ def test_aligned_an_expert_and_its_reordered_copy_lose_nothing(rule: str) -> Non
         packed = merge_layer(
             experts.copy(),
             slots_of([(1, 4)]),
-            Recipe(rule, align),
+            Recipe(rules.RULES[rule], align),
             routed,
             torch.zeros_like(hidden),
         )
@@ -223,7 +223,11 @@ def test_what_merging_changed_is_counted_on_the_weights_that_were_merged(recipe:
     experts, routed = small_experts(), small_tokens(60)
     packed = merge_layer(experts, slots_of([(4, 1)]), recipe, routed, torch.zeros_like(routed.hidden))
     if recipe.align:
-        align_mates(experts, (4, 1), [measure(experts, expert, routed, full=recipe.compensated) for expert in (4, 1)])
+        align_mates(
+            experts,
+            (4, 1),
+            [measure_saliency(experts, expert, routed, full=recipe.rule.full_moments) for expert in (4, 1)],
+        )
     pairs = [
         (own.double(), read.double())
         for expert in (4, 1)

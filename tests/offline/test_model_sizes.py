@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.offline.checkpoints import expert_bytes, quantize, read_all
 from tests.offline.faulty import assert_one_sentence
 from tests.offline.planning import leave_only_the_index, planned, total_bytes
-from tests.offline.test_convert import expert_bytes, read_all
-from tests.offline.test_sources import quantize
 from tests.tiny import FAMILIES, add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import INDEX_FILE, parse_packed_name

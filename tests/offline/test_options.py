@@ -8,9 +8,11 @@ import pytest
 from tests.tiny import build_tiny
 from vllm_puzzle.offline.checkpoints.families import FAMILIES, MoEShape
 from vllm_puzzle.offline.conversion.convert import convert
-from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, Work, estimate
-from vllm_puzzle.offline.conversion.options import ConvertOptions, choose_recipe
+from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, choose_recipe, estimate_conversion
+from vllm_puzzle.offline.conversion.options import ConvertOptions
+from vllm_puzzle.offline.conversion.work import Work
 from vllm_puzzle.offline.errors import CheckpointError
+from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.recipe import Recipe
 
 TEXT = Path("text")
@@ -35,7 +37,7 @@ TEXT = Path("text")
 )
 def test_what_is_left_open_is_tried_from_the_best_on(options: ConvertOptions, expected: list[tuple[str, bool]]) -> None:
     options = replace(options, pairing="loss", tau=0.3)
-    assert [(recipe.rule, recipe.align) for recipe in options.recipes()] == expected
+    assert [(recipe.rule.name, recipe.align) for recipe in options.recipes()] == expected
     assert {(recipe.pairing, recipe.tau) for recipe in options.recipes()} == {("loss", 0.3)}
 
 
@@ -44,7 +46,10 @@ def test_what_is_left_open_is_tried_from_the_best_on(options: ConvertOptions, ex
     [
         ({"rule": "compensated"}, "--rule compensated needs to see tokens; give --calibration FILE"),
         ({"pairing": "coactivation"}, "--pairing coactivation needs to see tokens; give --calibration FILE"),
-        ({"rule": "paper", "align": True}, "--rule paper merges neurons as they stand; leave out --align"),
+        (
+            {"rule": "paper", "align": True},
+            "--rule paper merges neurons in their own order; leave out --align",
+        ),
         ({"rule": "magic"}, "--rule magic is not known"),
         ({"pairing": "magic"}, "--pairing magic is not known"),
     ],
@@ -57,11 +62,11 @@ def test_what_cannot_be_is_refused(options: dict[str, str], message: str) -> Non
 @pytest.mark.parametrize(
     ("recipe", "all_paired", "chooses"),
     [
-        (Recipe("saliency"), True, False),
-        (Recipe("saliency"), False, True),
-        (Recipe("saliency", pairing="loss"), True, True),
-        (Recipe("paper"), False, False),
-        (Recipe("paper", pairing="coactivation"), True, True),
+        (Recipe(rules.SALIENCY), True, False),
+        (Recipe(rules.SALIENCY), False, True),
+        (Recipe(rules.SALIENCY, pairing="loss"), True, True),
+        (Recipe(rules.PAPER), False, False),
+        (Recipe(rules.PAPER, pairing="coactivation"), True, True),
     ],
 )
 def test_only_a_choice_takes_estimates(recipe: Recipe, all_paired: bool, chooses: bool) -> None:
@@ -93,15 +98,15 @@ def test_better_recipes_are_estimated_to_cost_more() -> None:
     shape = MoEShape(FAMILIES["MixtralForCausalLM"], 64, 2048, 1024, 16, tuple(range(16)))
     work = Work(shape, pairs=512, all_paired=True, num_tokens=1 << 18, top_k=8, layer_bytes=10**9, dense_weights=10**9)
     speed = Speed(products=1e11, elements=1e9)
-    estimates = [estimate(recipe, work, speed) for recipe in [*RECIPES, Recipe("paper")]]
+    estimates = [estimate_conversion(recipe, work, speed) for recipe in [*RECIPES, Recipe(rules.PAPER)]]
     assert estimates[0].seconds > estimates[1].seconds > estimates[3].seconds > estimates[4].seconds
     assert estimates[0].seconds > estimates[2].seconds > estimates[3].seconds
     assert {each.expert_weights for each in estimates} == {64 * 16 * 3 * 2048 * 1024}
     assert all(each.num_bytes >= 2 * work.layer_bytes for each in estimates)
     # Half as much of everything that is measured takes half as long on a device that is twice as fast.
-    twice = estimate(RECIPES[3], work, Speed(products=2e11, elements=2e9))
+    twice = estimate_conversion(RECIPES[3], work, Speed(products=2e11, elements=2e9))
     assert twice.seconds == pytest.approx(estimates[3].seconds / 2)
-    fewer = estimate(RECIPES[0], replace(work, num_tokens=work.num_tokens // 2, pairs=256), speed)
+    fewer = estimate_conversion(RECIPES[0], replace(work, num_tokens=work.num_tokens // 2, pairs=256), speed)
     assert fewer.seconds < estimates[0].seconds
     assert fewer.num_bytes < estimates[0].num_bytes
     assert (
@@ -126,7 +131,7 @@ def test_the_machine_decides_what_is_left_open_and_the_cost_is_said_first(
     source = build_tiny("mixtral", tmp_path / "source")
     (tmp_path / "text").write_text("apples and pears, " * 4)
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr("vllm_puzzle.offline.conversion.convert.measure_speed", lambda device: speed)
+    monkeypatch.setattr(Speed, "measure", lambda device: speed)
     monkeypatch.setattr("vllm_puzzle.offline.conversion.estimate.MINUTES_IN_ALL", 1.0)
     sentences: list[str] = []
 

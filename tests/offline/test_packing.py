@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import silu
 
 import vllm_puzzle.offline.merging.packing
-from tests.offline.test_convert import read_all
+from tests.offline.checkpoints import read_all
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import FormatError
 from vllm_puzzle.kernels.cpu.build import build_packing
@@ -114,6 +114,5 @@ def test_without_it_the_same_is_written_and_it_is_said(
 
 
 def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
-    source = LIBRARY_PATH.with_name("packing.cpp")
-    build_packing(source, tmp_path / "packing.so", ["-Wall", "-Wextra", "-Werror"])
+    build_packing(LIBRARY_PATH.with_name("packing.cpp"), tmp_path / "packing.so", ["-Wall", "-Wextra", "-Werror"])
     assert (tmp_path / "packing.so").exists()

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_puzzle.offline.conversion.pairing import (
-    candidates,
+    PairBudget,
+    budget_pairs,
     count_pairs,
     draw_mates,
+    draw_slots,
     layer_slots,
-    match,
-    pair_at_random,
-    spend,
+    list_candidates,
+    match_pairs,
+    spend_budget,
 )
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.merging.pair_loss import Mates
@@ -25,18 +27,21 @@ from vllm_puzzle.offline.merging.pair_loss import Mates
 def test_mates_lie_in_one_block(blocks: int, half: int, share: float, seed: int) -> None:
     num_experts = blocks * 2 * half
     pairs = int(share * num_experts / 2)
-    slots = pair_at_random(3, num_experts, pairs, blocks, random.Random(seed))
+    slots = draw_slots(3, num_experts, pairs, blocks, random.Random(seed))
     assert slots.pairs == pairs
     assert sorted(slots.experts) == list(range(num_experts))
     for slot in range(pairs):
         first, second = slots.members(slot)
         assert first // (2 * half) == second // (2 * half)
-    assert slots == pair_at_random(3, num_experts, pairs, blocks, random.Random(seed))
+    assert slots == draw_slots(3, num_experts, pairs, blocks, random.Random(seed))
 
 
 def test_single_experts_are_drawn_too() -> None:
-    drawn = {tuple(pair_at_random(0, 16, 4, 2, random.Random(seed)).experts[8:]) for seed in range(20)}
-    assert len(drawn) > 15
+    """Every one of 16 experts stays alone for some seed, and has a mate for another."""
+    single = [set(draw_slots(0, 16, 4, 2, random.Random(seed)).experts[8:]) for seed in range(20)]
+    assert {len(each) for each in single} == {8}
+    assert set.union(*single) == set(range(16))
+    assert set.intersection(*single) == set()
 
 
 @pytest.mark.parametrize(
@@ -46,10 +51,25 @@ def test_compression_becomes_pairs(num_experts: int, compression: float, pairs: 
     assert count_pairs(num_experts, compression, 1) == pairs
 
 
-def test_blocks_that_do_not_fit_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("num_experts", "compression", "budget"),
+    [
+        (8, 50, PairBudget(2, per_layer=4, total=12, all_paired=True)),
+        # Two pairs in every layer, and one more somewhere.
+        (8, 30, PairBudget(2, per_layer=2, total=7, all_paired=False)),
+        # An odd number leaves one expert of each layer alone.
+        (7, 50, PairBudget(1, per_layer=3, total=9, all_paired=True)),
+        (8, 0, PairBudget(2, per_layer=0, total=0, all_paired=False)),
+    ],
+)
+def test_pairs_of_three_layers(num_experts: int, compression: float, budget: PairBudget) -> None:
+    assert budget_pairs(num_experts, 3, compression) == budget
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(CheckpointError, match="--max-expert-parallel 3 does not cut 8 experts"):
         count_pairs(8, 50, 3)
-    with pytest.raises(CheckpointError, match=r"needs 30 pairs, but 4 blocks of 15 experts hold at most 28.*46\.67"):
+    with pytest.raises(CheckpointError, match=r"needs 30 pairs, but 4 groups of 15 experts hold at most 28.*46\.67"):
         count_pairs(60, 50, 4)
 
 
@@ -60,7 +80,7 @@ def test_candidates_are_every_two_experts_of_a_block_once(blocks: int, size: int
         for first, second in itertools.combinations(range(blocks * size), 2)
         if first // size == second // size
     }
-    found = candidates(blocks * size, blocks)
+    found = list_candidates(blocks * size, blocks)
     assert len(found) == len(expected)
     assert set(found) == expected
 
@@ -70,7 +90,7 @@ def test_drawn_mates_are_as_many_candidates_as_there_can_be(blocks: int, size: i
     drawn = draw_mates(blocks * size, blocks, random.Random(seed))
     assert len(drawn) == blocks * (size // 2)
     assert len({expert for pair in drawn for expert in pair}) == 2 * len(drawn)
-    assert {tuple(sorted(pair)) for pair in drawn} <= set(candidates(blocks * size, blocks))
+    assert {tuple(sorted(pair)) for pair in drawn} <= set(list_candidates(blocks * size, blocks))
 
 
 def matchings(ids: list[int]) -> Iterator[list[tuple[int, int]]]:
@@ -85,7 +105,7 @@ def matchings(ids: list[int]) -> Iterator[list[tuple[int, int]]]:
         yield from matchings(ids[1:])
 
 
-SIX = candidates(6, 1)
+SIX = list_candidates(6, 1)
 losses = st.lists(st.floats(0, 1e3), min_size=len(SIX), max_size=len(SIX))
 shares = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=len(SIX), max_size=len(SIX))
 
@@ -104,7 +124,7 @@ def test_no_other_matching_is_better(losses: list[float], shares: list[float], u
         return sum(each.coactivation for each in matching)
 
     slack = 1e-9 * unit
-    by_loss, together = match(mates.values(), "loss"), match(mates.values(), "coactivation")
+    by_loss, together = match_pairs(mates.values(), "loss"), match_pairs(mates.values(), "coactivation")
     for matching in (by_loss, together):
         assert sorted(expert for each in matching for expert in each.experts) == list(range(6))
     assert loss(by_loss) <= min(map(loss, every)) + slack * 1e3
@@ -119,19 +139,19 @@ def test_no_other_matching_is_better(losses: list[float], shares: list[float], u
 def test_matched_mates_stay_in_their_blocks(num_experts: int, blocks: int, pairing: str) -> None:
     generator = random.Random(5)
     size = num_experts // blocks
-    mates = [Mates(pair, generator.random(), generator.random()) for pair in candidates(num_experts, blocks)]
-    matched = match(mates, pairing)
+    mates = [Mates(pair, generator.random(), generator.random()) for pair in list_candidates(num_experts, blocks)]
+    matched = match_pairs(mates, pairing)
     assert len(matched) == blocks * (size // 2)
     assert len({expert for each in matched for expert in each.experts}) == 2 * len(matched)
     assert all(each.experts[0] // size == each.experts[1] // size for each in matched)
-    assert match(reversed(mates), pairing) == matched
+    assert match_pairs(reversed(mates), pairing) == matched
 
 
 def test_as_many_pairs_as_can_be_whatever_they_lose() -> None:
     """Two cheap pairs next to each other do not leave the ends alone."""
     mates = [Mates((0, 1), 1e6, 0.0), Mates((1, 2), 0.0, 1.0), Mates((2, 3), 1e6, 0.0)]
     for pairing in ("loss", "coactivation"):
-        assert [each.experts for each in match(mates, pairing)] == [(0, 1), (2, 3)]
+        assert [each.experts for each in match_pairs(mates, pairing)] == [(0, 1), (2, 3)]
 
 
 @given(
@@ -142,7 +162,7 @@ def test_the_budget_goes_to_the_cheapest_pairs_of_all_layers(losses: list[list[f
         layer: [Mates((2 * pair, 2 * pair + 1), loss, 0.5) for pair, loss in enumerate(row)]
         for layer, row in enumerate(losses)
     }
-    chosen = spend(budget, mates)
+    chosen = spend_budget(budget, mates)
     assert chosen.keys() == mates.keys()
     taken = [each for row in chosen.values() for each in row]
     left = [each for layer, row in mates.items() for each in row if each not in chosen[layer]]
@@ -150,7 +170,7 @@ def test_the_budget_goes_to_the_cheapest_pairs_of_all_layers(losses: list[list[f
     assert max((each.loss for each in taken), default=0.0) <= min((each.loss for each in left), default=8.0)
     # Ties too stand for the same pairs, in whatever order they are found.
     shuffled = {layer: mates[layer][::-1] for layer in reversed(mates)}
-    again = spend(budget, shuffled)
+    again = spend_budget(budget, shuffled)
     assert {layer: set(row) for layer, row in again.items()} == {layer: set(row) for layer, row in chosen.items()}
 
 

@@ -1,4 +1,4 @@
-"""A conversion that is broken off: what it leaves, and that going on gives the bytes of one that was not."""
+"""A conversion that is interrupted: what it leaves, and that resuming gives the bytes of one that was not."""
 
 import json
 import signal
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.offline.faulty import edit_config, edit_tensors, snapshot
 from tests.tiny import build_tiny
@@ -28,28 +29,27 @@ def options_of(recipe: list[str], text: Path) -> list[str]:
 
 
 class _BreakAt:
-    """Lets writes pass until the one of that number, of which half reaches the disk."""
+    """Lets tensors be written until the one of that number."""
 
     def __init__(self, number: int | None) -> None:
         self.number = number
         self.writes = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        put = ShardWriter._put
+        write = ShardWriter.write
 
-        def break_off(writer: ShardWriter, content: "bytes | memoryview") -> None:
+        def break_off(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
             self.writes += 1
             if self.writes == self.number:
-                put(writer, content[: len(content) // 2])
                 raise KeyboardInterrupt
-            put(writer, content)
+            write(writer, name, tensor)
 
-        monkeypatch.setattr(ShardWriter, "_put", break_off)
+        monkeypatch.setattr(ShardWriter, "write", break_off)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=" ".join)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_going_on_gives_the_same_bytes(
+def test_resuming_gives_the_same_bytes(
     family: str, recipe: list[str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = build_tiny(family, tmp_path / "source")
@@ -60,7 +60,7 @@ def test_going_on_gives_the_same_bytes(
     with monkeypatch.context() as patch:
         unbroken.install(patch)
         assert main(["convert", str(source), str(tmp_path / "whole" / "packed"), *options]) == 0
-    # In the middle of each third of what is written, and again right after going on.
+    # In the middle of what is written, and again right after resuming.
     arguments = ["convert", str(source), str(tmp_path / "broken" / "packed"), *options]
     for number in (unbroken.writes // 2, 5, unbroken.writes // 4):
         with monkeypatch.context() as patch:
@@ -75,7 +75,7 @@ def test_going_on_gives_the_same_bytes(
 def break_off(source: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
     """Leaves the work directory of a conversion that wrote a part of its layers."""
     with monkeypatch.context() as patch:
-        _BreakAt(60).install(patch)
+        _BreakAt(50).install(patch)
         assert main(["convert", str(source), str(packed), *options]) == 130
     return packed.parent / f".{packed.name}.partial"
 
@@ -125,7 +125,7 @@ def test_a_changed_calibration_text_is_named(
     refused(["convert", str(source), str(tmp_path / "packed"), *options, "--resume"], capsys, "--calibration")
 
 
-def test_resume_is_asked_for_and_has_something_to_go_on_with(
+def test_resume_is_asked_for_and_has_something_to_resume(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["convert", str(source), str(tmp_path / "packed"), *BLIND]
@@ -162,17 +162,17 @@ def test_a_torn_line_of_the_journal_does_not_count(
     assert shards[0] == shards[1]
 
 
-def test_a_process_that_is_killed_leaves_what_can_be_gone_on_with(source: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_leaves_what_can_be_resumed(source: Path, tmp_path: Path) -> None:
     """Nothing cleans up after SIGKILL; meanwhile no other run may write there."""
     program = (
         "import sys, time\n"
         "from vllm_puzzle.cli import main\n"
         "from vllm_puzzle.offline.checkpoints.shards import ShardWriter\n"
-        "put, count = ShardWriter._put, [0]\n"
-        "def slowly(writer, content):\n"
-        "    put(writer, content); count[0] += 1\n"
-        "    if count[0] == 60: print('now', flush=True); time.sleep(600)\n"
-        "ShardWriter._put = slowly\n"
+        "write, count = ShardWriter.write, [0]\n"
+        "def slowly(writer, name, tensor):\n"
+        "    write(writer, name, tensor); count[0] += 1\n"
+        "    if count[0] == 50: print('now', flush=True); time.sleep(600)\n"
+        "ShardWriter.write = slowly\n"
         f"main(['convert', {str(source)!r}, {str(tmp_path / 'packed')!r}, '--rule', 'paper'])"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:

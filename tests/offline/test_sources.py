@@ -1,29 +1,19 @@
 """What a source may hold besides one plain matrix per expert: fused experts, FP8, layers for multi-token prediction."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.offline.checkpoints import quantize, read_stored
 from tests.offline.faulty import assert_refused, edit_config, edit_tensors
 from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, NUM_EXPERTS, add_mtp_layer, build_tiny, by_expert
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import parse_packed_name
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
-
-# Neither divides 96 or 40.
-BLOCK = (36, 28)
-
-
-def read_packed(path: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in path.glob("*.safetensors"):
-        tensors.update(load_file(shard))
-    return tensors
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -57,7 +47,7 @@ def test_every_layout_is_packed_alike(family: str, text: Path, tmp_path: Path) -
         packed.append(tmp_path / f"{name}-packed")
         assert main(["convert", str(source), str(packed[-1]), *options]) == 0
         assert main(["verify", str(source), str(packed[-1])]) == 0
-    assert same(*(read_packed(path) for path in packed))
+    assert same(*(read_stored(path) for path in packed))
     # The hash of the source too.
     assert len({(path / "config.json").read_text() for path in packed}) == 1
 
@@ -70,39 +60,12 @@ def test_unpacking_gives_the_layout_of_the_hub(family: str, fused: str, tmp_path
     source, packed, plain = build_tiny(family, tmp_path / "source"), tmp_path / "packed", tmp_path / "plain"
     assert main(["convert", str(source), str(packed), "--compression", "0"]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0
-    before, after = load_file(source / "model.safetensors"), read_packed(plain)
+    before, after = load_file(source / "model.safetensors"), read_stored(plain)
     assert f"model.layers.1.{fused}" in before
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         # What is packed alone loses only magnitudes below the smallest of a word.
         assert (tensor.float() - after[name].float()).abs().max() <= 2.0**-15
-
-
-def quantize(source: Path, plain: Path) -> None:
-    """Makes `source` an FP8 checkpoint as DeepSeek-V3 is one, and `plain` what it stands for in BF16."""
-    tensors = load_file(source / "model.safetensors")
-    stored, meant = dict(tensors), dict(tensors)
-    for name, tensor in tensors.items():
-        if not name.endswith("_proj.weight"):
-            continue
-        rows, columns = tensor.shape
-        scale = torch.empty(math.ceil(rows / BLOCK[0]), math.ceil(columns / BLOCK[1]))
-        weight, restored = torch.empty(rows, columns, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
-        for i in range(scale.shape[0]):
-            for j in range(scale.shape[1]):
-                part = (slice(i * BLOCK[0], (i + 1) * BLOCK[0]), slice(j * BLOCK[1], (j + 1) * BLOCK[1]))
-                scale[i, j] = tensor[part].abs().max().float() / 448 * (1 + i + 2 * j)
-                weight[part] = (tensor[part].float() / scale[i, j]).to(torch.float8_e4m3fn)
-                restored[part] = weight[part].float() * scale[i, j]
-        stored[name], stored[f"{name}_scale_inv"] = weight, scale
-        meant[name] = restored.bfloat16()
-    plain.mkdir()
-    for file in source.iterdir():
-        (plain / file.name).write_bytes(file.read_bytes())
-    save_file(meant, plain / "model.safetensors", {"format": "pt"})
-    save_file(stored, source / "model.safetensors", {"format": "pt"})
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
-    edit_config(source, quantization_config=quantization)
 
 
 def test_block_scaled_fp8_is_packed_as_what_it_stands_for(text: Path, tmp_path: Path) -> None:
@@ -113,8 +76,8 @@ def test_block_scaled_fp8_is_packed_as_what_it_stands_for(text: Path, tmp_path: 
         options = ["--calibration", str(text), "--calibration-sequences", "2", "--rule", "paper"]
         assert main(["convert", str(path), str(tmp_path / f"{path.name}-packed"), *options]) == 0
         assert main(["verify", str(path), str(tmp_path / f"{path.name}-packed")]) == 0
-    packed = read_packed(tmp_path / "source-packed")
-    assert same(packed, read_packed(tmp_path / "plain-packed"))
+    packed = read_stored(tmp_path / "source-packed")
+    assert same(packed, read_stored(tmp_path / "plain-packed"))
     assert {tensor.dtype for tensor in packed.values()} == {torch.bfloat16, torch.float32, torch.int16}
     assert set(mtp) <= packed.keys()
     config = json.loads((tmp_path / "source-packed" / "config.json").read_text())
@@ -210,7 +173,7 @@ def test_layers_for_multi_token_prediction_stay(family: str, layer: str, text: P
     assert main(["convert", str(source), str(packed), *options]) == 0
     assert main(["verify", str(source), str(packed)]) == 0
     assert main(["unpack", str(packed), str(plain)]) == 0
-    before, after, back = load_file(source / "model.safetensors"), read_packed(packed), read_packed(plain)
+    before, after, back = load_file(source / "model.safetensors"), read_stored(packed), read_stored(plain)
     assert {parse_packed_name(name) is None for name in after if ".layers.2.mlp.experts." in name} == {False}
     assert before.keys() == back.keys()
     for name in names:
@@ -271,7 +234,7 @@ def test_layers_with_experts(family: str, overrides: dict[str, int], layers: tup
     names = by_expert(load_file(source / "model.safetensors"))
     assert {int(name.split(".")[2]) for name in names if ".experts." in name} == set(layers)
     assert main(["convert", str(source), str(tmp_path / "packed"), "--rule", "paper"]) == 0
-    packed = read_packed(tmp_path / "packed")
+    packed = read_stored(tmp_path / "packed")
     assert {int(name.split(".")[2]) for name in packed if parse_packed_name(name)} == set(layers)
 
 

@@ -207,3 +207,12 @@ def test_verify_asks_experts_as_their_config_says(
 
     spoiler.spoil(change)
     assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, found)
+
+
+def test_a_rule_of_a_later_release(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it may have made of an element is not known."""
+    packed = tmp_path / "packed"
+    assert main(["convert", str(source), str(packed), "--rule", "paper"]) == 0
+    config = packed / "config.json"
+    config.write_text(config.read_text().replace('"rule": "paper"', '"rule": "later"'))
+    assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, "rule later", "['paper',", "the release")

@@ -26,12 +26,12 @@ class CommandParser(argparse.ArgumentParser):
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The option that `expand_config` reads."""
     parser.add_argument(
-        _CONFIG, metavar="FILE", help="YAML with options by their long names; the command line goes before it"
+        _CONFIG, metavar="FILE", help="YAML with options by their long names; command-line options take precedence"
     )
 
 
 def expand_config(parser: CommandParser, words: Sequence[str]) -> list[str]:
-    """The words of a command line with those of a `--config` file before them, so that later ones win.
+    """The words of a command line with those of its `--config` file before them, so that the command line wins.
 
     `rule: paper` becomes `--rule=paper`, `resume: true` becomes `--resume` and `align: false` becomes `--no-align`; the
     parser then judges values as it does any others.
@@ -53,7 +53,7 @@ def expand_config(parser: CommandParser, words: Sequence[str]) -> list[str]:
     if path is None:
         return list(words)
     where = f"{_CONFIG} {path}"
-    # Not to be had from a file: what ends the command, and the file itself.
+    # What ends the command, and the file itself, cannot be in a file.
     names = [name.removeprefix("--") for name in options if name.startswith("--") and name != _CONFIG]
     positionals = [action.dest for action in parser.arguments if not action.option_strings]
     before: list[str] = []
@@ -69,13 +69,13 @@ def expand_config(parser: CommandParser, words: Sequence[str]) -> list[str]:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(names))}"
             raise ValueError(f"{where}: there is no option {key}; {hint}")
-        before += _words(where, key, options[f"--{name}"], value)
+        before += _option_words(where, key, options[f"--{name}"], value)
     return [*before, *words]
 
 
 def _read(path: Path, where: str) -> list[tuple[str, Any]]:
-    """Names and values in their order, doubled names included."""
-    # Few command lines have a file.
+    """Names and values in their order, repeated names included."""
+    # Most command lines have no file and need no YAML.
     import yaml
 
     content: list[tuple[str, Any]] | None = None
@@ -91,7 +91,7 @@ def _read(path: Path, where: str) -> list[tuple[str, Any]]:
     return content
 
 
-def _words(where: str, key: str, action: argparse.Action, value: Any) -> list[str]:
+def _option_words(where: str, key: str, action: argparse.Action, value: Any) -> list[str]:
     option = action.option_strings[0]
     if action.nargs == 0:
         if not isinstance(value, bool):

@@ -6,15 +6,38 @@ from pathlib import Path
 
 from vllm_puzzle.cli.config_file import add_config
 from vllm_puzzle.cli.output import add_json, progress_bar, say, tell
-from vllm_puzzle.offline.defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE, SEQUENCE_LENGTH
-from vllm_puzzle.offline.merging.recipe import PAIRINGS, RULES
+from vllm_puzzle.offline.defaults import (
+    DEFAULT_COMPRESSION,
+    DEFAULT_DEVICE,
+    DEFAULT_JOBS,
+    DEFAULT_PAIRING,
+    DEFAULT_SEED,
+    DEFAULT_SEQUENCES,
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_TAU,
+    SEQUENCE_LENGTH,
+)
+from vllm_puzzle.offline.merging.recipe import PAIRINGS
+from vllm_puzzle.offline.merging.rules import RULES
 from vllm_puzzle.offline.wording import size
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Packs the experts of a Mixture-of-Experts checkpoint in pairs."
+    parser.description = (
+        "Packs the experts of a Mixture-of-Experts checkpoint in pairs. The two experts of a pair are called mates."
+    )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)")
     parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+    _add_calibration(parser)
+    _add_merging(parser)
+    _add_pairing(parser)
+    _add_running(parser)
+    add_config(parser)
+    add_json(parser, path="destination")
+    parser.set_defaults(interrupted="nothing was written")
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         default="none",
@@ -28,33 +51,40 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"read at most N sequences of {SEQUENCE_LENGTH} tokens from it (default: %(default)s)",
     )
+
+
+def _add_merging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule",
         choices=RULES,
-        help="how mates are merged (default: compensated where the machine does it in an hour a billion weights, "
+        help="how mates are merged (default: compensated where the machine takes at most an hour per billion weights, "
         "saliency elsewhere and without calibration)",
     )
     parser.add_argument(
         "--align",
         action=argparse.BooleanOptionalAction,
-        help="put mates' neurons in the order that merges best (default: as for --rule; never with paper)",
-    )
-    parser.add_argument(
-        "--pairing",
-        default="random",
-        choices=PAIRINGS,
-        help="mates at random, of least estimated loss, or that fire on the same tokens (default: %(default)s)",
+        help="reorder one mate's neurons to match the other's before merging (default: as for --rule; never with "
+        "paper)",
     )
     parser.add_argument(
         "--tau",
         type=float,
-        default=0.4,
+        default=DEFAULT_TAU,
         help="for the rule paper: the largest relative difference of magnitudes that are shared (default: %(default)s)",
+    )
+
+
+def _add_pairing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pairing",
+        default=DEFAULT_PAIRING,
+        choices=PAIRINGS,
+        help="mates drawn at random, of least estimated loss, or that fire on the same tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--compression",
         type=float,
-        default=50.0,
+        default=DEFAULT_COMPRESSION,
         metavar="PERCENT",
         help="how much smaller the experts become, 0 to 50, spent where it is estimated to cost least "
         "(default: %(default)g)",
@@ -63,20 +93,31 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "--max-expert-parallel",
         type=int,
         metavar="N",
-        help="mates stay on one rank up to N expert-parallel ranks (default: the largest power of two up to 8 "
-        "that leaves even blocks of at least 4 experts)",
+        help="keep mates on one rank for up to N expert-parallel ranks (default: the largest power of two up to 8 "
+        "that leaves each rank an even number of experts, at least 4)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random pairing (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where to compute (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="seed of the random pairing (default: %(default)s)"
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default=DEFAULT_DEVICE, metavar="cpu|cuda", help="where to compute (default: %(default)s)"
+    )
     parser.add_argument(
         "--shard-size",
         type=_size,
         default=DEFAULT_SHARD_SIZE,
         metavar="SIZE",
-        help=f"of the largest file, as 500MB; no file holds two layers (default: {DEFAULT_SHARD_SIZE // 10**9}GB)",
+        help=f"largest size of a file, as 500MB; no file holds two layers (default: {DEFAULT_SHARD_SIZE // 10**9}GB)",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="layers at once, each in a process (default: %(default)s)"
+        "--jobs",
+        type=int,
+        default=DEFAULT_JOBS,
+        metavar="N",
+        help="merge N layers at once, each in a process of its own (default: %(default)s)",
     )
     parser.add_argument(
         "--ray",
@@ -84,9 +125,6 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         help="merge them on this Ray cluster, which shares the file system ('auto': the one of this machine)",
     )
     parser.add_argument("--resume", action="store_true", help="resume an interrupted conversion to DEST")
-    add_config(parser)
-    add_json(parser, path="destination")
-    parser.set_defaults(interrupted="nothing was written")
 
 
 def _size(text: str) -> int:

@@ -11,28 +11,28 @@ from vllm_puzzle.offline.progress import Progress
 
 
 def add_json(parser: argparse.ArgumentParser, path: str) -> None:
-    """The option `--json`; `path` is the name of the argument that the result is about."""
+    """Adds the option `--json`; `path` is the name of the argument that the result is about."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(about=path)
 
 
 def tell(arguments: argparse.Namespace, result: Mapping[str, Any], text: str) -> None:
-    """Prints `text`, or as JSON `result`, whichever was asked for."""
+    """Prints `text`, or `result` as one JSON object with `--json`."""
     _put(_object(arguments, result=result) if arguments.json else text, sys.stdout)
 
 
 def tell_error(arguments: argparse.Namespace, sentence: str, lead: str = "error: ") -> None:
-    """Says on standard error, after `lead`, why there is no result, and as JSON too if that was asked for."""
+    """Prints why there is no result on standard error, after `lead`, and with `--json` on standard output too."""
     _put(lead + sentence, sys.stderr)
     if "about" in arguments and arguments.json:
         _put(_object(arguments, error=sentence), sys.stdout)
 
 
 def say(sentence: str) -> None:
-    """Says on standard error what is worth knowing while a command works."""
+    """Prints a sentence on standard error while a command works."""
     from tqdm import tqdm
 
-    # Through tqdm, so that it stands above the bar and does not break it.
+    # Through tqdm, which puts it above the bar.
     tqdm.write(_printable(sentence, sys.stderr), file=sys.stderr)
 
 

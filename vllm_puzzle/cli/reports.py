@@ -1,10 +1,11 @@
-"""The commands that read and tell and change nothing: `vllm-puzzle verify | plan | inspect`."""
+"""The commands that only read: `vllm-puzzle verify | plan | inspect`."""
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 from vllm_puzzle.cli.output import add_json, progress_bar, tell
+from vllm_puzzle.offline.defaults import DEFAULT_COMPRESSION
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -35,17 +36,24 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a hub id like org/name")
     parser.add_argument(
-        "--compression", type=float, default=50.0, metavar="PERCENT", help="as of convert (default: %(default)g)"
+        "--compression",
+        type=float,
+        default=DEFAULT_COMPRESSION,
+        metavar="PERCENT",
+        help="the --compression of convert (default: %(default)g)",
     )
     parser.add_argument(
-        "--context", type=int, metavar="N", help="tokens of a sequence that must fit (default: the model's longest)"
+        "--context",
+        type=int,
+        metavar="N",
+        help="number of tokens of a sequence that must fit (default: the model's longest)",
     )
     parser.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=0.9,
         metavar="SHARE",
-        help="of a card's memory that vLLM may use, as of `vllm serve` (default: %(default)g)",
+        help="share of a card's memory that vLLM may use, as for `vllm serve` (default: %(default)g)",
     )
     add_json(parser, path="model")
 
@@ -53,17 +61,17 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     import torch
 
-    from vllm_puzzle.offline.conversion.estimate import measure_speed
+    from vllm_puzzle.offline.conversion.estimate import Speed
     from vllm_puzzle.offline.reports.model_sizes import read_model_sizes
-    from vllm_puzzle.offline.reports.sizing import size_up
+    from vllm_puzzle.offline.reports.sizing import size_model
     from vllm_puzzle.offline.reports.sizing_report import describe_sizing
 
-    sizing = size_up(
+    sizing = size_model(
         read_model_sizes(arguments.model),
         arguments.compression,
         arguments.context,
         arguments.gpu_memory_utilization,
-        measure_speed(torch.device("cpu")),
+        Speed.measure(torch.device("cpu")),
     )
     tell(arguments, sizing.model_dump(mode="json"), describe_sizing(sizing))
 

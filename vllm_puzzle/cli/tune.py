@@ -33,22 +33,30 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         help="ranks that share an expert (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16"), help="of activations (default: the checkpoint's, or bfloat16)"
+        "--dtype", choices=("bfloat16", "float16"), help="dtype of activations (default: the checkpoint's, or bfloat16)"
     )
     parser.add_argument(
         "--tokens",
         type=_positive,
         nargs="+",
         metavar="N",
-        help="in one call, the first first (default: powers of two to 4096)",
+        help="numbers of tokens in a call, tuned in this order (default: powers of two up to 4096)",
     )
     parser.add_argument(
-        "--seconds", type=_positive, default=900, metavar="N", help="stop after about N (default: %(default)s)"
+        "--seconds", type=_positive, default=900, metavar="N", help="stop after about N seconds (default: %(default)s)"
     )
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="processes that compile (default: one a core, save one)"
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="processes that compile (default: one per core but one)",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: ${_FOLDER}, or else here")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help=f"folder to write the file to (default: ${_FOLDER}, or else the current folder)",
+    )
     add_json(parser, path="packed")
 
 

@@ -6,8 +6,8 @@ class CheckpointError(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception of another library says, for a sentence: its first line, or two where the first announces."""
+    """The message of another library's exception: its first line, or two where the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    # Of these the text alone says nothing.
+    # Their text alone, such as a key, says nothing.
     return f"{type(error).__name__} {reason}" if isinstance(error, LookupError | ArithmeticError) else reason

@@ -6,4 +6,4 @@ Report = Callable[[str], None]
 """Takes one sentence for the user."""
 
 Progress = Callable[[int, int], None]
-"""Takes how many bytes were dealt with since the last call, and how many there are in all."""
+"""Takes the number of bytes done since the last call, and the number in all."""

@@ -9,10 +9,10 @@ import torch
 
 from vllm_puzzle.format import plain_config, unpack
 
+from .checkpoints.destination import check_destination, check_room, new_checkpoint
 from .checkpoints.expert_tensors import fuse_experts
 from .checkpoints.packed import PackedCheckpoint
-from .checkpoints.shards import Planned, ShardWriter, plan_shards
-from .checkpoints.writer import check_destination, check_room, new_checkpoint
+from .checkpoints.shards import ShardWriter, TensorLayout, lay_out_shards
 from .conversion.job import names_by_layer
 from .defaults import DEFAULT_SHARD_SIZE
 from .progress import Progress
@@ -20,7 +20,7 @@ from .progress import Progress
 
 @dataclass(frozen=True)
 class UnpackResult:
-    """Bytes of all tensors, packed and plain."""
+    """Bytes of all tensors, of the packed checkpoint and of the plain one."""
 
     checkpoint_bytes_before: int
     checkpoint_bytes_after: int
@@ -29,9 +29,8 @@ class UnpackResult:
 def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> UnpackResult:
     """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16.
 
-    They are laid out as the family's checkpoints on the hub are.
-
-    One matrix is in memory at a time, or one layer where that layout has its experts in three-dimensional tensors.
+    Tensors have the layout of the family's checkpoints on the hub. One matrix is in memory at a time, or one layer
+    where that layout has its experts in three-dimensional tensors.
 
     Raises:
         CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
@@ -40,8 +39,8 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> Un
     packed = PackedCheckpoint(source)
     checkpoint = packed.checkpoint
     groups = names_by_layer(checkpoint, packed.shape)
-    plans = plan_shards([list(_plan(packed, layer, names)) for layer, names in groups.items()], DEFAULT_SHARD_SIZE)
-    shards = [shard for group in plans for shard in group]
+    layouts = [list(_lay_out(packed, layer, names)) for layer, names in groups.items()]
+    shards = [shard for group in lay_out_shards(layouts, DEFAULT_SHARD_SIZE) for shard in group]
     num_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
     check_room(destination, num_bytes)
     with new_checkpoint(destination) as writer:
@@ -60,26 +59,26 @@ def _is_fused(packed: PackedCheckpoint, layer: int | None) -> bool:
     return packed.shape.family.hub_is_fused and layer in packed.shape.moe_layers
 
 
-def _plan(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[Planned]:
+def _lay_out(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[TensorLayout]:
     """A layer's tensors in the order of `_tensors`."""
     if not _is_fused(packed, layer):
         for name in names:
             info = packed.checkpoint.tensors[name]
             members = packed.members(name)
             if members is None:
-                yield Planned.copy_of(name, info)
+                yield TensorLayout.copy_of(name, info)
             else:
                 for expert_name in members:
-                    yield Planned(expert_name, "BF16", info.shape, info.num_bytes)
+                    yield TensorLayout(expert_name, "BF16", info.shape, info.num_bytes)
         return
     for name in names:
         if packed.members(name) is None:
-            yield Planned.copy_of(name, packed.checkpoint.tensors[name])
+            yield TensorLayout.copy_of(name, packed.checkpoint.tensors[name])
     assert layer is not None
     shape, fused = packed.shape, packed.shape.family.fused[0]
     sizes = fused.shapes(shape.num_experts, shape.hidden_size, shape.intermediate_size)
     for name, size in zip((fused.gate_up, fused.down), sizes, strict=True):
-        yield Planned(shape.block_prefix(layer) + name, "BF16", size, 2 * math.prod(size))
+        yield TensorLayout(shape.block_prefix(layer) + name, "BF16", size, 2 * math.prod(size))
 
 
 def _tensors(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

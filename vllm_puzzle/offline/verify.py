@@ -1,4 +1,4 @@
-"""Holding a packed checkpoint against its source: nothing else changed, and every word is what its rule allows."""
+"""Comparing a packed checkpoint with its source: nothing else changed, and every word is what its rule allows."""
 
 import os
 from dataclasses import dataclass
@@ -15,32 +15,33 @@ from .checkpoints.packed import PackedCheckpoint
 from .checkpoints.source import SourceCheckpoint
 from .errors import CheckpointError
 from .merging.layer import Activation, ExpertWeights
+from .merging.rules import RULES, Rule
 from .progress import Progress
 
-# Of the check of functions: random inputs, and a cosine that unrelated experts do not reach. It is low because an
-# expert that no token reached may lose all but that to its mate.
-_INPUTS = 2048
+# How many random inputs an expert's function is checked on.
+_NUM_INPUTS = 2048
+# A cosine that unrelated experts do not reach. It is low because an expert that no token reached may lose all but that
+# to its mate.
 _LEAST_LIKENESS = 0.03
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """How many tensors were found equal to the source's, and how many packed ones within their rule."""
+    """How many tensors are the source's bit for bit, and how many packed ones are what their rule allows."""
 
     untouched: int
     packed: int
 
 
 def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
-    """Compares every tensor.
+    """Compares every tensor of a packed checkpoint with its source, and every file with its manifest.
 
     Raises:
         CheckpointError: the first difference: a tensor outside the experts that changed, is missing or is new, a word
             that no converter writes, an element that the rule could not have made from its source, or a shard with
             another checksum than the manifest's.
     """
-    _check_order(source, packed_path)
-    original, packed = SourceCheckpoint(source), PackedCheckpoint(packed_path)
+    original, packed = _open(source, packed_path)
     untouched = packed_count = 0
     seen: set[str] = set()
     for name in sorted(packed.checkpoint.tensors):
@@ -70,8 +71,16 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
     return VerifyResult(untouched, packed_count)
 
 
+def _open(source: Path, packed: Path) -> tuple[SourceCheckpoint, PackedCheckpoint]:
+    try:
+        return SourceCheckpoint(source), PackedCheckpoint(packed)
+    except CheckpointError:
+        _check_order(source, packed)
+        raise
+
+
 def _check_order(source: Path, packed: Path) -> None:
-    """That source and packed checkpoint were not given the other way round."""
+    """Raises CheckpointError where the two were given the other way round."""
     first, second = (os.path.isdir(path) and is_packed(read_json(path / "config.json")) for path in (source, packed))
     if first and not second:
         raise CheckpointError(
@@ -80,7 +89,7 @@ def _check_order(source: Path, packed: Path) -> None:
 
 
 def _check_files(packed: PackedCheckpoint) -> None:
-    """That the shards are, to the byte, those the converter wrote: what no tensor shows, and what came after it."""
+    """Raises CheckpointError where a shard is not, to the byte, what the converter wrote."""
     path = packed.checkpoint.path
     manifest = read_manifest(path)
     shards = {info.shard for info in packed.checkpoint.tensors.values()}
@@ -127,36 +136,45 @@ def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], p
         )
 
 
+def _rule_of(packed: PackedCheckpoint) -> Rule:
+    name = packed.quantization.provenance.rule
+    if name not in RULES:
+        raise CheckpointError(
+            f"{packed.checkpoint.path} was merged by rule {name}, this vllm-puzzle knows {list(RULES)}; verify it with "
+            f"the release that wrote it"
+        )
+    return RULES[name]
+
+
 def _leaves_traces(packed: PackedCheckpoint) -> bool:
     """Whether a merged element follows from the two at its place in the source."""
-    provenance = packed.quantization.provenance
-    return provenance.rule != "compensated" and not provenance.align
+    return _rule_of(packed).leaves_traces and not packed.quantization.provenance.align
 
 
 def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, members: tuple[int, ...]) -> None:
-    """That each of two mates still answers random inputs somewhat as its source does, and not as another expert."""
+    """Raises CheckpointError where a merged expert's output on random inputs is nothing like that of its source."""
     shape, path = packed.shape, packed.checkpoint.path
     prefix = shape.experts_prefix(layer)
     names = [packed_name(prefix, members[0], projection) for projection in shape.family.projections]
     words = packed.checkpoint.read(names)
-    inputs = torch.randn(_INPUTS, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(_NUM_INPUTS, shape.hidden_size, generator=torch.Generator().manual_seed(0))
     for member, expert in enumerate(members):
         sources = original.read(shape.expert_names(layer, expert))
         merged = [unpack(words[name], member, packed.layout) for name in names]
-        wanted, answered = (
-            _answer(matrices, inputs, packed.activation).flatten() for matrices in (list(sources.values()), merged)
+        wanted, found = (
+            _output(matrices, inputs, packed.activation).flatten() for matrices in (list(sources.values()), merged)
         )
-        likeness = torch.cosine_similarity(wanted, answered, dim=0).item()
-        # An expert that answers nothing has no direction.
+        likeness = torch.cosine_similarity(wanted, found, dim=0).item()
+        # An output of zeros has no direction.
         if wanted.any() and not likeness >= _LEAST_LIKENESS:
             raise CheckpointError(
                 f"{path}: {names[0].removesuffix('.weight_packed')} and its up and down hold expert {expert} as member "
-                f"{member}, but answer random inputs with a cosine of {likeness:.2f} to that expert of the source; "
-                f"{_LEAST_LIKENESS} is the least that merging leaves, so convert the source again"
+                f"{member}, but on random inputs their output has a cosine of {likeness:.2f} to that of the source's "
+                f"expert; {_LEAST_LIKENESS} is the least that merging leaves, so convert the source again"
             )
 
 
-def _answer(matrices: list[torch.Tensor], inputs: torch.Tensor, activation: Activation) -> torch.Tensor:
+def _output(matrices: list[torch.Tensor], inputs: torch.Tensor, activation: Activation) -> torch.Tensor:
     gate, up, down = ([matrix] for matrix in matrices)
     return ExpertWeights(gate, up, down, activation).output(0, inputs)
 
@@ -164,8 +182,8 @@ def _answer(matrices: list[torch.Tensor], inputs: torch.Tensor, activation: Acti
 def _allowed(
     decoded: list[torch.Tensor], sources: list[torch.Tensor], packed: PackedCheckpoint, name: str
 ) -> torch.Tensor | None:
-    """Which elements the rule can have made; None where it leaves no trace in single elements."""
-    provenance, layout = packed.quantization.provenance, packed.layout
+    """Which elements the rule can have made, bool (rows, columns); None where it leaves no trace in single elements."""
+    layout = packed.layout
     alone = [nearest_magnitude(source, layout, name) for source in sources]
     if len(sources) == 1:
         same_sign = (decoded[0] == 0) | (torch.signbit(decoded[0]) == torch.signbit(sources[0]))
@@ -176,10 +194,7 @@ def _allowed(
     # Members that share an element hold the mean, or with weights something between; a member that has it to itself
     # holds its own magnitude; an element that nobody holds was too small for one of those to be stored.
     both, none = held[0] & held[1], ~(held[0] | held[1])
-    if provenance.rule == "paper":
-        low = high = nearest_magnitude((sources[0].abs() + sources[1].abs()) / 2, layout, name)
-    else:
-        low, high = torch.minimum(*alone), torch.maximum(*alone)
+    low, high = _rule_of(packed).shared_magnitudes(sources, layout, name)
     allowed = both & (low <= decoded[0].abs()) & (decoded[0].abs() <= high)
     allowed |= none & ((low == 0) | (alone[0] == 0) | (alone[1] == 0))
     for member, source in enumerate(sources):

@@ -7,7 +7,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def size(num_bytes: float) -> str:
-    """In units of 1000s, three digits: `57.98 GB` is `58.0 GB`."""
+    """A number of bytes in three digits and a unit of 1000s, as `58.0 GB`."""
     value, unit = float(num_bytes), 0
     # As it will be printed: 999.6 kB is 1.00 MB.
     while float(f"{value:.3g}") >= 1000 and unit < len(_UNITS) - 1:
@@ -18,7 +18,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that takes few digits: `40 seconds`, `27 hours`, `2.4 days`."""
+    """A time in the unit that takes few digits, as `40 seconds`, `27 hours`, `2.4 days`."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     minutes, hours = seconds / 60, seconds / 3600
@@ -35,7 +35,7 @@ def readable(path: Path | str) -> str:
 
 
 def label(path: Path) -> str:
-    """Its last part."""
+    """The last part of a path, for a text in UTF-8."""
     return readable(path.name)
 
 
@@ -44,5 +44,5 @@ def _short(value: float) -> str:
 
 
 def _places(value: float) -> int:
-    """Digits before the point, less one."""
+    """The number of digits before the point, less one."""
     return len(str(int(float(f"{value:.3g}")))) - 1

@@ -13,7 +13,7 @@ from ..format import (
     is_outside,
     layer_index,
 )
-from ..model_tensors import check_dense_tensors, dense_tensors, is_defined
+from ..model_tensors import check_dense_tensors, dense_tensors, empty_model, is_defined
 from .host import (
     LinearBase,
     QuantizationConfig,
@@ -84,7 +84,7 @@ class PuzzleMoEConfig(QuantizationConfig):
 
     def _check_dense(self, shapes: Shapes, hf_config: Any, model_name: str) -> None:
         try:
-            expected = dense_tensors(hf_config, [each.layer for each in self.quantization.layers])
+            expected = dense_tensors(empty_model(hf_config), [each.layer for each in self.quantization.layers])
         except FormatError as error:
             # vLLM's own model may well take what transformers' does not.
             logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)

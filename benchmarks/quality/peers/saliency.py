@@ -10,12 +10,11 @@ import torch
 
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.conversion.pairing import draw_mates
+from vllm_puzzle.offline.defaults import DEFAULT_TAU
+from vllm_puzzle.offline.merging.elements import paper_rule
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
-from vllm_puzzle.offline.merging.rules import paper_rule
 
 from .base import CompressedLayer, in_float32
-
-TAU = 0.4
 
 
 def magnitude_saliency(experts: ExpertWeights, tokens: RoutedTokens, rng: random.Random) -> CompressedLayer:
@@ -41,6 +40,6 @@ def _merge(
     for first, second in draw_mates(experts.num_experts, default_max_expert_parallel(experts.num_experts), rng):
         for matrices in (merged.gate, merged.up, merged.down):
             weights = torch.stack([matrices[first], matrices[second]])
-            merged_pair = paper_rule(weights.abs(), norms(weights), TAU).signed(weights)
+            merged_pair = paper_rule(weights.abs(), norms(weights), DEFAULT_TAU).signed(weights)
             matrices[first], matrices[second] = merged_pair
     return CompressedLayer(merged)

@@ -36,7 +36,7 @@ _BITS = {
 # The weights of some models once more, in the layout and with the names of those who trained them.
 _CONSOLIDATED = "consolidated"
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Stored:
 
 
 class Checkpoint:
-    """A checkpoint directory whose every header has been read and held against its index.
+    """A checkpoint directory whose every header has been read and compared with its index.
 
     Raises:
         CheckpointError: no directory, no config.json, no safetensors, a shard that is missing, truncated or escapes
@@ -78,7 +78,7 @@ class Checkpoint:
         # Not Path.is_dir, which raises where the name is too long.
         if not os.path.isdir(path):
             mend = "give the folder that holds config.json and safetensors"
-            if _HUB_ID.fullmatch(str(path)) and not os.path.lexists(path):
+            if HUB_ID.fullmatch(str(path)) and not os.path.lexists(path):
                 mend += f"; a model on the hub is fetched by `hf download {path} --local-dir FOLDER`"
             raise CheckpointError(f"{path} is not a directory; {mend}")
         check_utf8(path)
@@ -130,7 +130,7 @@ class Checkpoint:
 
     @property
     def remedy(self) -> str:
-        """What helps against damaged files."""
+        """What to advise where files are damaged."""
         if is_packed(self.raw_config):
             return "copy the packed checkpoint or convert its source again"
         return "copy or download the checkpoint again"

@@ -14,10 +14,9 @@ _LARGEST = 1 << 40
 
 @dataclass(frozen=True)
 class ConfigValues:
-    """A transformers config and where it stands, for the sentence in which a value is refused.
+    """A transformers config, and the path of its file for the sentence in which a value is refused.
 
-    What transformers declares with a type it has checked already, but neither ranges, nor what may be null, nor what it
-    does not know itself.
+    transformers has checked the types that it declares, but no ranges, no nulls and no values that it does not know.
     """
 
     config: Any
@@ -32,7 +31,7 @@ class ConfigValues:
         return value
 
     def optional_integer(self, name: str, least: int = 1, most: int = _LARGEST) -> int | None:
-        """The same where null, or nothing, is a value too."""
+        """See `integer`; None where the value is null or missing."""
         return None if getattr(self.config, name, None) is None else self.integer(name, least, most)
 
     def number(self, name: str) -> float:
@@ -50,7 +49,7 @@ class ConfigValues:
         return value
 
     def activation(self, name: str) -> str:
-        """Raises CheckpointError where transformers knows no activation of that name."""
+        """The name of an activation; raises CheckpointError where transformers knows none of that name."""
         value = getattr(self.config, name)
         if not isinstance(value, str) or value not in ACT2FN:
             raise self._error(name, value, "the name of an activation that transformers knows, as silu")

@@ -1,25 +1,38 @@
-"""Checking what a checkpoint holds beside its routed experts: all that the model of its config needs."""
+"""What a checkpoint has beside its routed experts: all that transformers' own model of its config needs."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_puzzle.format import FormatError
-from vllm_puzzle.model_tensors import check_dense_tensors, dense_tensors
+from vllm_puzzle.model_tensors import check_dense_tensors, dense_tensors, empty_model
 
 from ..errors import CheckpointError
 from .families import MoEShape
 
 
+def build_model(config: Any) -> Any:
+    """transformers' own model of a PretrainedConfig without weights, see `empty_model`.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    try:
+        return empty_model(config)
+    except FormatError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def check_dense(
-    found: Mapping[str, tuple[int, ...] | None], config: Any, shape: MoEShape, where: object, mend: str
+    found: Mapping[str, tuple[int, ...] | None], model: Any, shape: MoEShape, where: object, mend: str
 ) -> None:
-    """Raises CheckpointError where one is missing or misshapen, or transformers cannot build the model.
+    """Raises CheckpointError where a tensor that `model` needs outside its routed experts is missing or misshapen.
 
     Args:
         found: the shapes of the checkpoint's tensors by their names on the hub, None where only the name is known.
+        model: of the checkpoint's config, see `build_model`.
         where: what an error message calls the checkpoint; `mend` is what it advises.
     """
     try:
-        check_dense_tensors(found, dense_tensors(config, shape.moe_layers), str(where), mend)
+        check_dense_tensors(found, dense_tensors(model, shape.moe_layers), str(where), mend)
     except FormatError as error:
         raise CheckpointError(str(error)) from None

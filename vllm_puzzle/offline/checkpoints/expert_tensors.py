@@ -41,7 +41,7 @@ def layer_experts(
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """A layer's experts, each read whenever tokens are run through it and not kept."""
+    """A layer's experts; each is read whenever tokens are run through it, and not kept."""
 
     checkpoint: Checkpoint
     shape: MoEShape
@@ -54,7 +54,7 @@ class StoredExperts:
         return self.shape.num_experts
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Experts`; raises CheckpointError where a tensor cannot be read, or an element has no word."""
+        """See `Experts`; raises CheckpointError where a tensor cannot be read, or no word holds an element."""
         tensors = self.checkpoint.read(self.shape.expert_names(self.layer, expert))
         matrices = tensors.values()
         try:
@@ -83,7 +83,7 @@ def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
         _check_tensor(checkpoint, name, size)
     expected = expected_experts(shape)
     for name in sorted(checkpoint.tensors):
-        if name not in expected and ".experts." in name and not shape.is_mtp(name):
+        if name not in expected and ".experts." in name and not shape.is_mtp_name(name):
             raise CheckpointError(
                 f"{checkpoint.path}: nothing is known of expert tensor {name}; {shape.family.architecture} experts are "
                 f"2-D tensors named like {next(iter(expected))}"

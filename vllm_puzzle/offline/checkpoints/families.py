@@ -22,7 +22,7 @@ def _qwen_sparse_layers(values: ConfigValues) -> list[int]:
 
 
 def _deepseek_layers(values: ConfigValues) -> list[int]:
-    # transformers leaves moe_layer_freq to who reads the config; vLLM asks for it like this.
+    # transformers does not read moe_layer_freq; vLLM does so.
     every, first = values.integer("moe_layer_freq", default=1), values.integer("first_k_dense_replace", least=0)
     return [layer for layer in _every_layer(values) if layer >= first and layer % every == 0]
 
@@ -56,7 +56,7 @@ class Fused:
     transposed: bool = False
 
     def shapes(self, num_experts: int, hidden_size: int, intermediate_size: int) -> tuple[tuple[int, ...], ...]:
-        """Of `gate_up` and `down`."""
+        """The shapes of `gate_up` and `down`."""
         sizes = ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size))
         return tuple((num_experts, *(size[::-1] if self.transposed else size)) for size in sizes)
 
@@ -198,7 +198,7 @@ FAMILIES = {
     )
 }
 
-# Why not, for architectures that a user may well try.
+# Why architectures that a user may well try are not supported.
 _REFUSED = {
     "GptOssForCausalLM": "its experts have biases, and gate and up lie interleaved in MXFP4 blocks",
     "Llama4ForConditionalGeneration": "it reads images too; of Llama 4 only Llama4ForCausalLM, the text model, is",
@@ -238,10 +238,10 @@ class MoEShape:
         return f"{self.experts_prefix(layer)}.{expert}.{projection}.weight"
 
     def expert_names(self, layer: int, expert: int) -> list[str]:
-        """Of gate, up and down."""
+        """The names of an expert's gate, up and down."""
         return [self.expert_name(layer, expert, projection) for projection in self.family.projections]
 
-    def is_mtp(self, name: str) -> bool:
+    def is_mtp_name(self, name: str) -> bool:
         """Whether a tensor is of a layer for multi-token prediction: after the decoder's, or outside the model."""
         layer = _LAYER.match(name)
         if layer is None:

@@ -1,4 +1,4 @@
-"""FP8 weights with a scale per block, as DeepSeek-V3 is published: which are there, and what they stand for."""
+"""FP8 weights with a scale per block, as DeepSeek-V3 is published: finding them, and their values in BF16."""
 
 import math
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ SCALE_SUFFIX = "_scale_inv"
 
 
 def block_size(raw_config: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None where config.json says that nothing is quantized.
+    """The rows and columns that share a scale; None where config.json says that nothing is quantized.
 
     Raises:
-        CheckpointError: something is, in another way.
+        CheckpointError: the checkpoint is quantized in another way.
     """
     quantization = raw_config.get("quantization_config")
     if quantization is None:
@@ -43,7 +43,7 @@ def block_size(raw_config: Mapping[str, Any], path: Path) -> tuple[int, int] | N
 
 
 def find_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int], path: Path) -> dict[str, str]:
-    """The name of the scales of every FP8 tensor, by its own.
+    """The name of every FP8 tensor's scales, by the tensor's own name.
 
     Raises:
         CheckpointError: scales are missing, misshapen, or scale nothing.
@@ -72,7 +72,7 @@ def find_scales(tensors: Mapping[str, TensorInfo], block: tuple[int, int], path:
 
 
 def scaled_bytes(size: tuple[int, int], block: tuple[int, int]) -> int:
-    """Of a matrix in FP8 and its scales."""
+    """The bytes of a matrix in FP8 and its scales."""
     return math.prod(size) + 4 * math.prod(_scale_shape(size, block))
 
 

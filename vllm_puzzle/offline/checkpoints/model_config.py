@@ -1,4 +1,4 @@
-"""config.json, as it stands and as transformers reads it."""
+"""config.json as JSON, and as transformers reads it."""
 
 import json
 from dataclasses import fields
@@ -30,7 +30,7 @@ def read_raw_config(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The same as transformers reads it, so with the defaults that it leaves out; runs no remote code.
+    """config.json as transformers reads it, with its defaults; runs no remote code.
 
     Raises:
         CheckpointError: transformers cannot read it.

@@ -53,7 +53,7 @@ _OF_OTHER_WEIGHTS = {"hf_quant_config.json", "quant_config.json", "quantize_conf
 
 
 def find_other_files(directory: Path) -> list[Path]:
-    """Their paths below `directory`, sorted.
+    """The paths of these files below `directory`, sorted.
 
     By kind: tokenizer and processor files, configs, chat templates, model code and texts, at the top and in folders.
     Files that a config at the top names travel whatever they are called. A folder at the top that holds weights is a

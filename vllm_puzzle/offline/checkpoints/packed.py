@@ -17,7 +17,7 @@ from vllm_puzzle.format import (
 from ..errors import CheckpointError
 from ..merging.layer import Activation
 from .checkpoint import Checkpoint
-from .dense import check_dense
+from .dense import build_model, check_dense
 from .families import MoEShape, find_moe_shape
 
 
@@ -47,7 +47,9 @@ class PackedCheckpoint:
         self.shape: MoEShape = find_moe_shape(config, str(where))
         self._check_sizes(where)
         self.activation: Activation = ACT2FN[config.hidden_act]
-        check_dense(self.checkpoint.shapes, config, self.shape, path, "copy or convert the checkpoint again")
+        check_dense(
+            self.checkpoint.shapes, build_model(config), self.shape, path, "copy or convert the checkpoint again"
+        )
         self._slots = {
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
             for slots in self.quantization.layers

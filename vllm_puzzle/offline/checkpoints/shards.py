@@ -23,8 +23,8 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor that will be written; `dtype` in safetensors' own spelling."""
+class TensorLayout:
+    """A tensor that will be written; `dtype` in safetensors' own spelling, e.g. `BF16`."""
 
     name: str
     dtype: str
@@ -36,19 +36,19 @@ class Planned:
         return self.num_bytes // max(1, math.prod(self.shape))
 
     @classmethod
-    def copy_of(cls, name: str, info: TensorInfo) -> "Planned":
+    def copy_of(cls, name: str, info: TensorInfo) -> "TensorLayout":
         return cls(name, info.dtype, info.shape, info.plain_bytes)
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class ShardLayout:
     """One file, and its tensors in the order in which they will be written."""
 
     file: str
-    tensors: tuple[Planned, ...]
+    tensors: tuple[TensorLayout, ...]
 
 
-def plan_shards(groups: Sequence[Sequence[Planned]], shard_size: int) -> list[list[ShardPlan]]:
+def lay_out_shards(groups: Sequence[Sequence[TensorLayout]], shard_size: int) -> list[list[ShardLayout]]:
     """The files of every group, none larger than `shard_size` bytes of tensors unless it holds only one.
 
     No file holds tensors of two groups, so each group can be written alone and again.
@@ -56,17 +56,17 @@ def plan_shards(groups: Sequence[Sequence[Planned]], shard_size: int) -> list[li
     parts = [list(_split(group, shard_size)) for group in groups]
     total = sum(len(files) for files in parts)
     number = 0
-    plans: list[list[ShardPlan]] = []
+    layouts: list[list[ShardLayout]] = []
     for files in parts:
-        plans.append([])
+        layouts.append([])
         for tensors in files:
             number += 1
-            plans[-1].append(ShardPlan(f"model-{number:05}-of-{total:05}.safetensors", tuple(tensors)))
-    return plans
+            layouts[-1].append(ShardLayout(f"model-{number:05}-of-{total:05}.safetensors", tuple(tensors)))
+    return layouts
 
 
-def _split(tensors: Sequence[Planned], shard_size: int) -> Iterator[list[Planned]]:
-    part: list[Planned] = []
+def _split(tensors: Sequence[TensorLayout], shard_size: int) -> Iterator[list[TensorLayout]]:
+    part: list[TensorLayout] = []
     for tensor in tensors:
         if part and sum(each.num_bytes for each in part) + tensor.num_bytes > shard_size:
             yield part
@@ -76,17 +76,17 @@ def _split(tensors: Sequence[Planned], shard_size: int) -> Iterator[list[Planned
 
 
 class ShardWriter:
-    """Writes the tensors of some plans, in their order, into `directory`; `entries` tells of the files when it closed.
+    """Writes the tensors of `shards`, in their order, into `directory`; `entries` has the files that are whole.
 
     Raises:
         OSError: the disk is full, or cannot be written.
     """
 
-    def __init__(self, directory: Path, plans: Sequence[ShardPlan]) -> None:
+    def __init__(self, directory: Path, shards: Sequence[ShardLayout]) -> None:
         self.entries: list[ShardEntry] = []
         self._directory = directory
-        self._plans = list(plans)
-        self._expected: list[Planned] = []
+        self._shards = list(shards)
+        self._expected: list[TensorLayout] = []
         self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
         self._size = 0
@@ -100,33 +100,33 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
         if kind is None:
-            assert not self._plans
+            assert not self._shards
             assert not self._expected
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor; its bytes are written as they are."""
         if self._file is None:
             self._begin()
-        planned = self._expected.pop(0)
+        layout = self._expected.pop(0)
         # Not the shape: two elements of four bits are one of torch's.
-        assert (name, tensor.nbytes) == (planned.name, planned.num_bytes)
+        assert (name, tensor.nbytes) == (layout.name, layout.num_bytes)
         self._put(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         if not self._expected:
             self._end()
 
     def _begin(self) -> None:
-        plan = self._plans[0]
+        shard = self._shards[0]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for tensor in plan.tensors:
+        for tensor in shard.tensors:
             end = offset + tensor.num_bytes
             header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self._expected = list(plan.tensors)
+        self._expected = list(shard.tensors)
         self._hash, self._size = hashlib.sha256(), 0
-        self._file = open(self._directory / plan.file, "wb")  # noqa: SIM115
+        self._file = open(self._directory / shard.file, "wb")  # noqa: SIM115
         self._put(len(text).to_bytes(8, "little") + text)
 
     def _put(self, content: "bytes | memoryview") -> None:
@@ -139,5 +139,5 @@ class ShardWriter:
         assert self._file is not None
         self._file.close()
         self._file = None
-        plan = self._plans.pop(0)
-        self.entries.append(ShardEntry(file=plan.file, num_bytes=self._size, sha256=self._hash.hexdigest()))
+        shard = self._shards.pop(0)
+        self.entries.append(ShardEntry(file=shard.file, num_bytes=self._size, sha256=self._hash.hexdigest()))

@@ -2,13 +2,21 @@
 
 import codecs
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
+from vllm_puzzle.format import Calibration
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..defaults import SEQUENCE_LENGTH
 from ..errors import CheckpointError, reason_of
+from ..wording import label
+
+EMBEDDING = "model.embed_tokens.weight"
 
 _BYTES_AT_ONCE = 1 << 20
 
@@ -19,8 +27,59 @@ _CHARACTERS_AT_FIRST = 1 << 16
 _MARGIN = 64
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """What is read of a text: `token_ids`, int64 (num_sequences, sequence_length), and what to record about them.
+
+    The record's checksum is that of the whole file.
+    """
+
+    token_ids: torch.Tensor
+    record: Calibration
+
+
+def read_calibration_text(
+    path: Path, checkpoint: Checkpoint, config: PretrainedConfig, max_sequences: int
+) -> CalibrationText:
+    """The first sequences of a UTF-8 text, each as long as the model allows up to SEQUENCE_LENGTH tokens.
+
+    Text shorter than one sequence is one shorter sequence.
+
+    Raises:
+        CheckpointError: the text cannot be read, is too short, or has a token that the model does not know; or there is
+            no tokenizer.
+    """
+    sha256 = text_sha256(path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    longest = min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    ids = first_tokens(path, tokenizer, max_sequences * longest)
+    length = min(longest, len(ids))
+    if length < 2:
+        raise CheckpointError(f"calibration text {path} has {len(ids)} tokens; give some pages of text")
+    count = min(max_sequences, len(ids) // length)
+    ids = ids[: count * length]
+    largest, rows = int(ids.max()), _embedding_rows(checkpoint)
+    if largest >= rows:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer reads {tokenizer.convert_ids_to_tokens(largest)!r} in {path} as token "
+            f"{largest}, and {EMBEDDING} has rows for 0 to {rows - 1}; put the model's own tokenizer there"
+        )
+    record = Calibration(source=label(path), sha256=sha256, sequences=count, sequence_length=length)
+    return CalibrationText(ids.reshape(count, length), record)
+
+
+def _embedding_rows(checkpoint: Checkpoint) -> int:
+    info = checkpoint.tensors.get(EMBEDDING)
+    if info is None or len(info.shape) != 2:
+        raise CheckpointError(
+            f"{checkpoint.path}: {EMBEDDING} is missing or no matrix, and calibration needs it; download the "
+            f"checkpoint again"
+        )
+    return info.shape[0]
+
+
 def text_sha256(path: Path) -> str:
-    """Of the whole file, which is read a piece at a time.
+    """The SHA-256 of a whole text file, in hexadecimal digits; the file is read a piece at a time.
 
     Raises:
         CheckpointError: it does not exist, cannot be read, or is not UTF-8, be it after all that calibration reads.

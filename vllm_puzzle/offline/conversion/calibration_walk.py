@@ -1,35 +1,32 @@
-"""The calibration tokens' way through a model whose layers are merged one after the other."""
+"""The path of the calibration tokens through the decoder layers, one layer after the other."""
 
 from collections.abc import Mapping
 
 import torch
 
-from ..checkpoints.expert_tensors import StoredExperts
-from ..merging.layer import ExpertWeights, RoutedTokens
-from .job import Job
-from .units import LayerTokens
+from ..merging.layer import Experts, ExpertWeights, LayerTokens
+from .calibration import Calibrator
 
 
-class CalibrationPass:
-    """Knows of each layer, in their order, what its experts see.
+class CalibrationWalk:
+    """Carries the calibration tokens through the source model, and tells of each MoE layer what its experts see.
 
-    With the rule `compensated` the tokens take two ways at once: through the source model, and through the merged
-    layers, so that each layer can make up for those before it. With the other rules the first is enough.
+    With `through_merged` the tokens take two paths at once, through the source's layers and through the merged ones, so
+    that each layer can make up for those merged before it.
     """
 
-    def __init__(self, job: Job) -> None:
-        assert job.calibrator is not None
-        assert job.token_ids is not None
-        self._job = job
-        self._calibrator = job.calibrator
-        self.idle_experts: list[str] = []
-        """A sentence for each layer in which experts saw no calibration token."""
-        self._source = job.calibrator.embed(job.token_ids)
-        self._merged = self._source.copy() if job.recipe.compensated else None
+    def __init__(self, calibrator: Calibrator, through_merged: bool = False) -> None:
+        """
+        Raises:
+            CheckpointError: an embedding is not finite, or transformers' model fails.
+        """
+        self._calibrator = calibrator
+        self._source = calibrator.embed()
+        self._merged = self._source.copy() if through_merged else None
 
     @property
     def states(self) -> dict[str, torch.Tensor]:
-        """The hidden states as they are now, for `restore`."""
+        """The `HiddenStates.states` between two layers, by the path that they are on."""
         states = {"source": self._source.states}
         if self._merged is not None:
             states["merged"] = self._merged.states
@@ -37,56 +34,51 @@ class CalibrationPass:
 
     @torch.inference_mode()
     def restore(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Goes on from what `states` was after some layer."""
+        """Puts the tokens where they were when `states` were read."""
         self._source.states.copy_(states["source"])
         if self._merged is not None:
             self._merged.states.copy_(states["merged"])
 
     @torch.inference_mode()
-    def enter(self, layer: int) -> LayerTokens | None:
-        """Carries the tokens through a decoder layer, of which one expert after the other is read.
+    def enter(self, layer: int, experts: Experts | None) -> LayerTokens | None:
+        """Carries the tokens through a decoder layer of the source, and of the merged model up to its experts.
+
+        Args:
+            experts: the source's, None for a dense layer.
 
         Returns:
-            What its routed experts see; None for a dense layer. With the rule `compensated` the layer is to be left
-            by `leave`.
+            What the layer's experts see, None for a dense layer. With `through_merged` an MoE layer is to be left with
+            `leave`.
 
         Raises:
             CheckpointError: a tensor cannot be read or does not fit the model, or what comes out is not finite.
         """
-        job = self._job
-        self._calibrator.load(layer, job.checkpoint.read(job.names_beside_experts(layer)))
-        routed = self._calibrator.run(self._source)
-        if routed is None:
+        routed = self._calibrator.run(layer, self._source)
+        if experts is None or routed is None:
             if self._merged is not None:
-                self._calibrator.run(self._merged)
+                self._calibrator.run(layer, self._merged)
             return None
-        self._note_idle(layer, routed)
-        experts = StoredExperts(job.checkpoint, job.shape, layer, job.activation, job.device)
+        idle = tuple(sorted(set(range(experts.num_experts)) - set(routed.topk_ids.unique().tolist())))
         self._source.add(routed.through(experts))
         self._source.check_finite(layer)
         energy = self._source.energy()
         if self._merged is None:
-            return LayerTokens(routed, energy)
-        routed = self._calibrator.run(self._merged)
+            return LayerTokens(routed, energy, idle_experts=idle)
+        routed = self._calibrator.run(layer, self._merged)
         assert routed is not None
-        # What the layer's own experts leave between the two ways.
+        # What the layer's own experts leave between the two paths.
         lacking = routed.through(experts).neg_()
         lacking += self._source.tokens
         lacking -= self._merged.tokens
-        return LayerTokens(routed, energy, lacking)
+        return LayerTokens(routed, energy, lacking, idle)
 
     @torch.inference_mode()
     def leave(self, layer: int, tokens: LayerTokens, merged: ExpertWeights) -> None:
-        """Goes on from what the merged experts of layer `layer`, just entered, answer."""
-        if self._merged is not None:
-            self._merged.add(tokens.routed.through(merged))
-            self._merged.check_finite(layer)
+        """Carries the tokens of the merged model through the merged experts of `layer`, which was just entered.
 
-    def _note_idle(self, layer: int, routed: RoutedTokens) -> None:
-        idle = sorted(set(range(self._job.shape.num_experts)) - set(routed.topk_ids.unique().tolist()))
-        if not idle:
-            return
-        consequence = "they are weighed as if they had seen one of the layer's; calibrate on more text"
-        if self._job.recipe.rule == "paper":
-            consequence = "every element that cannot be shared goes to their mates; calibrate on more text"
-        self.idle_experts.append(f"layer {layer}: experts {idle} saw no calibration token, so {consequence}")
+        Raises:
+            CheckpointError: what comes out is not finite.
+        """
+        assert self._merged is not None
+        self._merged.add(tokens.routed.through(merged))
+        self._merged.check_finite(layer)

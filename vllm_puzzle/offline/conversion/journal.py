@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoints.destination import check_still_free, partial_path, publish, write_error
 from ..checkpoints.manifest import ShardEntry, sha256_of
-from ..checkpoints.writer import CheckpointWriter, publish, write_error
+from ..checkpoints.writer import CheckpointWriter
 from ..errors import CheckpointError
 
 _JOURNAL_FILE = "journal.jsonl"
@@ -35,45 +36,45 @@ class Journal:
 
     @property
     def has_shards(self) -> bool:
-        """Whether anything is there that took time."""
+        """Whether a unit was written, which took time."""
         return any("shards" in each["result"] for each in self._steps)
 
     def find(self, step: str) -> dict[str, Any] | None:
-        """What was recorded of a step of an earlier run."""
+        """The result of a recorded step, None where it was not done."""
         return next((each["result"] for each in self._steps if each["step"] == step), None)
 
     def record(self, step: str, result: Mapping[str, Any]) -> None:
-        """Notes that `step` is done; `result` is JSON."""
+        """Records that `step` is done; `result` is JSON."""
         line = {"step": step, "result": dict(result)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._steps.append(line)
 
     def save_states(self, number: int, states: Mapping[str, Tensor]) -> None:
-        """Keeps the hidden states after `number` steps until those after the next are kept."""
+        """Saves the hidden states after `number` units."""
         temporary = self.directory / _STATES_IN_WRITING
         save_file(dict(states), temporary)
         temporary.rename(self._states(number))
 
     def drop_states(self, number: int) -> None:
-        """Forgets those of an earlier step."""
+        """Removes the hidden states after `number` units, if there are any."""
         self._states(number).unlink(missing_ok=True)
 
     def load_states(self, number: int) -> dict[str, Tensor]:
-        """Those after `number` steps."""
+        """The hidden states after `number` units."""
         return load_file(self._states(number))
 
     def _states(self, number: int) -> Path:
         return self.directory / _STATES_FILE.format(number)
 
     def clear(self) -> None:
-        """Leaves only what belongs to the checkpoint."""
+        """Removes all files that do not belong to the checkpoint."""
         for pattern in (_JOURNAL_FILE, _STATES_FILE.format("*"), _STATES_IN_WRITING):
             for file in self.directory.glob(pattern):
                 file.unlink()
 
     def close(self) -> None:
-        """Gives the directory free for other runs."""
+        """Unlocks the directory for other runs."""
         self._file.close()
 
 
@@ -87,21 +88,20 @@ def work_directory(
     at fault.
 
     Args:
-        origin: what the result follows from, JSON; a run goes on only from the same.
-        resume: go on with what an earlier run left.
+        origin: what the result follows from, JSON; a conversion is resumed only from the same.
+        resume: resume what an earlier run left.
 
     Raises:
         CheckpointError: see `check_unfinished`; an earlier run had another origin, or its shards are no longer what it
             wrote; the disk is full or cannot be written, or something else has the name `destination` by now.
         KeyboardInterrupt: says what was kept.
     """
-    directory = _work_path(destination)
+    directory = partial_path(destination)
     journal = None
     try:
         journal = _open(directory, destination, origin, resume)
         yield CheckpointWriter(directory), journal
-        if os.path.lexists(destination):
-            raise FileExistsError("something of that name was made meanwhile; remove it")
+        check_still_free(destination)
         journal.clear()
         publish(directory, destination)
     except (OSError, SafetensorError) as error:
@@ -122,13 +122,13 @@ def work_directory(
 
 
 def check_unfinished(destination: Path, resume: bool) -> None:
-    """Looks at what other runs do or left at `destination`, before anything takes time.
+    """Checks for other conversions to `destination`, before anything takes time.
 
     Raises:
         CheckpointError: another run is writing there; or an earlier one left something and `resume` is not set, or it
             left nothing and it is.
     """
-    path = _work_path(destination) / _JOURNAL_FILE
+    path = partial_path(destination) / _JOURNAL_FILE
     if not path.exists():
         _check_resume([], destination, resume)
         return
@@ -137,10 +137,6 @@ def check_unfinished(destination: Path, resume: bool) -> None:
             _check_resume(_lock_and_read(file, destination), destination, resume)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _work_path(destination: Path) -> Path:
-    return destination.absolute().parent / f".{destination.name}.partial"
 
 
 def _open(directory: Path, destination: Path, origin: Mapping[str, Any], resume: bool) -> Journal:
@@ -156,7 +152,7 @@ def _open(directory: Path, destination: Path, origin: Mapping[str, Any], resume:
             _compare(steps[0]["result"], origin, directory)
             _check_shards(directory, steps)
         else:
-            # Without a journal nothing counts.
+            # Nothing counts that no journal tells of.
             for left in directory.iterdir():
                 if left.name != _JOURNAL_FILE:
                     left.unlink()
@@ -168,7 +164,7 @@ def _open(directory: Path, destination: Path, origin: Mapping[str, Any], resume:
 
 
 def _lock_and_read(file: TextIO, destination: Path) -> list[dict[str, Any]]:
-    # Before anything is said of what is there: whoever is told that a run was interrupted may remove what it left.
+    # Locked before anything is said about it: a user who is told that a run was interrupted may remove what it left.
     busy = CheckpointError(f"another conversion is writing {destination}; wait for it, or choose another name")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,14 +181,14 @@ def _check_resume(steps: list[dict[str, Any]], destination: Path, resume: bool) 
     if steps and not resume:
         raise CheckpointError(
             f"an earlier conversion to {destination} was interrupted; resume it with --resume, or remove "
-            f"{_work_path(destination)} to start over"
+            f"{partial_path(destination)} to start over"
         )
     if resume and not steps:
         raise CheckpointError(f"there is no interrupted conversion to {destination} to resume; leave out --resume")
 
 
 def _read(file: TextIO) -> list[dict[str, Any]]:
-    """The whole lines; cuts off what a kill left of another."""
+    """The whole lines; a line that was cut short by a kill is removed."""
     steps = []
     end = 0
     for line in file:
@@ -233,7 +229,7 @@ def _check_shards(directory: Path, steps: list[dict[str, Any]]) -> None:
 
 
 def _keep_or_remove(directory: Path, journal: Journal | None) -> str:
-    """Keeps what took time; returns what a user may want to know of it."""
+    """Keeps what took time; returns a sentence on what was kept."""
     if journal is not None and journal.has_shards:
         return f"{directory} keeps what is done, run the same command with --resume to resume it"
     if journal is not None:

@@ -21,7 +21,7 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything the card tells; `dequantized` says that the source was FP8."""
+    """What the card tells: `source` and `name` of the checkpoints; `dequantized` says that the source was FP8."""
 
     source: str
     name: str
@@ -37,8 +37,9 @@ tags: [vllm, moe, puzzlemoe]
 ---
 # {name}
 
-`{source}` with its routed experts packed by vllm-puzzle {version}: mates share one magnitude per element,
-and one 16-bit word holds it with both experts' masks and signs. Everything else is the source's, {rest}.
+`{source}` with its routed experts packed by vllm-puzzle {version}: the two experts of a pair, mates, share one
+magnitude per element, and one 16-bit word holds it with the masks and signs of both. Everything else is the source's,
+{rest}.
 
 ```
 pip install vllm-puzzle
@@ -48,7 +49,7 @@ vllm serve {name} --quantization puzzlemoe
 transformers refuses it (`experts_implementation="puzzlemoe"` is not supported): it cannot decode packed experts. Do not
 ask for another implementation, which would run on random ones; `vllm-puzzle unpack` writes a plain BF16 checkpoint.
 
-If vLLM answers `Unknown quantization method: puzzlemoe`, the `vllm-puzzle` package is missing from its environment
+If vLLM says `Unknown quantization method: puzzlemoe`, the `vllm-puzzle` package is missing from its environment
 (or `VLLM_PLUGINS` leaves out `puzzlemoe`).
 
 ## Sizes
@@ -65,7 +66,7 @@ If vLLM answers `Unknown quantization method: puzzlemoe`, the `vllm-puzzle` pack
 | rule | {rule} |
 | compression asked for | {compression:g} % |
 | calibration | {calibration} |
-| pairing | {pairing}, inside {blocks} block(s) of {block_size} experts, seed {seed} |
+| pairing | {pairing}, within {groups} group(s) of {group_size} experts, seed {seed} |
 | source SHA-256 | `{source_sha256}` |
 
 ## What merging changed
@@ -109,8 +110,8 @@ def write_model_card(writer: CheckpointWriter, card: ModelCard) -> None:
         pairing=provenance.pairing,
         compression=provenance.compression,
         calibration=calibration,
-        blocks=card.quantization.max_expert_parallel,
-        block_size=card.quantization.num_experts // card.quantization.max_expert_parallel,
+        groups=card.quantization.max_expert_parallel,
+        group_size=card.quantization.num_experts // card.quantization.max_expert_parallel,
         seed=provenance.seed,
         source_sha256=provenance.source_sha256,
         rows=rows,

@@ -1,54 +1,63 @@
-"""What can be asked of a conversion, and what it means where it is left open."""
+"""The options of a conversion, and what is chosen where one is left open."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..defaults import DEFAULT_SEQUENCES, DEFAULT_SHARD_SIZE
+from ..defaults import (
+    DEFAULT_COMPRESSION,
+    DEFAULT_DEVICE,
+    DEFAULT_JOBS,
+    DEFAULT_PAIRING,
+    DEFAULT_SEED,
+    DEFAULT_SEQUENCES,
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_TAU,
+)
 from ..errors import CheckpointError
-from ..merging.recipe import PAIRINGS, RULES, Recipe
-from .estimate import Estimate
-
-# From the one that loses least to the one that asks for least.
-_DEFAULTS = (("compensated", True), ("compensated", False), ("saliency", True), ("saliency", False))
+from ..merging.recipe import PAIRINGS, Recipe
+from ..merging.rules import BEST_FIRST, RULES
 
 
 @dataclass(frozen=True)
 class Workers:
-    """`jobs` units at once; by the Ray cluster at `ray`, its address, or by processes of this machine."""
+    """`jobs` units are written at once, by the Ray cluster at the address `ray` or by processes of this machine."""
 
     jobs: int
     ray: str | None = None
 
     @property
     def are_others(self) -> bool:
-        """Whether any other process works than this one."""
+        """Whether other processes than this one write units."""
         return self.jobs > 1 or self.ray is not None
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the command line's options of the same names say.
+    """The command line's options, by the same names.
 
     `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone;
-    `rule` and `align` None take the best that the machine can do in the time that `estimate` allows. `shard_size` is in
-    bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change nothing
-    that is written.
+    `rule` and `align` None take the best that the machine can do in reasonable time, see `choose_recipe`. `shard_size`
+    is in bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change
+    nothing that is written.
+
+    Raises:
+        CheckpointError: an option is out of its range, or two do not go together.
     """
 
     calibration: Path | None = None
     calibration_sequences: int = DEFAULT_SEQUENCES
     rule: str | None = None
-    tau: float = 0.4
+    tau: float = DEFAULT_TAU
     align: bool | None = None
-    pairing: str = "random"
-    compression: float = 50.0
+    pairing: str = DEFAULT_PAIRING
+    compression: float = DEFAULT_COMPRESSION
     max_expert_parallel: int | None = None
-    seed: int = 0
-    device: str = "cpu"
+    seed: int = DEFAULT_SEED
+    device: str = DEFAULT_DEVICE
     shard_size: int = DEFAULT_SHARD_SIZE
-    jobs: int = 1
+    jobs: int = DEFAULT_JOBS
     ray: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +66,7 @@ class ConvertOptions:
         if self.pairing not in PAIRINGS:
             raise CheckpointError(f"--pairing {self.pairing} is not known; choose one of {list(PAIRINGS)}")
         if not 0 <= self.tau <= 1:
-            raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses 0.4 for every model")
+            raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses {DEFAULT_TAU} for every model")
         if not 0 <= self.compression <= 50:
             raise CheckpointError(
                 f"--compression {self.compression:g} is outside 0 to 50; a pair takes the place of one expert, "
@@ -71,29 +80,34 @@ class ConvertOptions:
             raise CheckpointError(f"--shard-size {self.shard_size} is not at least 1 byte")
         if self.jobs < 1:
             raise CheckpointError(f"--jobs {self.jobs} is not at least 1")
-        if self.workers.are_others and self.rule == "compensated":
+        if self.pairing == "coactivation" and self.calibration is None:
+            raise CheckpointError("--pairing coactivation needs to see tokens; give --calibration FILE")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        rule = RULES.get(self.rule or "")
+        if rule is None:
+            return
+        if rule.sequential and self.workers.are_others:
             option = f"--jobs {self.jobs}" if self.ray is None else f"--ray {self.ray}"
             raise CheckpointError(
-                f"{option} with --rule compensated: there each layer makes up for those before it, so they are merged "
+                f"{option} with --rule {rule.name}: there each layer makes up for those before it, so they are merged "
                 f"one after the other; leave out {option.split()[0]} or choose another rule"
             )
-        if self.rule == "paper" and self.align:
-            raise CheckpointError("--rule paper merges neurons as they stand; leave out --align or choose another rule")
-        if self.calibration is None:
-            for option, value, what in (
-                ("--rule", self.rule, "compensated"),
-                ("--pairing", self.pairing, "coactivation"),
-            ):
-                if value == what:
-                    raise CheckpointError(f"{option} {what} needs to see tokens; give --calibration FILE")
+        if self.align and not rule.can_align:
+            raise CheckpointError(
+                f"--rule {rule.name} merges neurons in their own order; leave out --align or choose another rule"
+            )
+        if rule.needs_tokens and self.calibration is None:
+            raise CheckpointError(f"--rule {rule.name} needs to see tokens; give --calibration FILE")
 
     @property
     def workers(self) -> Workers:
-        """Who merges the layers."""
+        """The processes that merge the layers."""
         return Workers(self.jobs, self.ray)
 
     def torch_device(self) -> torch.device:
-        """Raises CheckpointError where this machine has no such device."""
+        """The device to compute on; raises CheckpointError where this machine has no such device."""
         try:
             device = torch.device(self.device)
         except RuntimeError:
@@ -103,17 +117,12 @@ class ConvertOptions:
         return device
 
     def recipes(self) -> list[Recipe]:
-        """Those that the options leave open, the best one first."""
-        if self.rule == "paper":
-            return [Recipe("paper", pairing=self.pairing, tau=self.tau)]
+        """The recipes that the options leave open, the best one first."""
         return [
             Recipe(rule, align, self.pairing, self.tau)
-            for rule, align in _DEFAULTS
-            if self.rule in (None, rule) and self.align in (None, align)
-            if rule != "compensated" or (self.calibration is not None and not self.workers.are_others)
+            for rule in ([RULES[self.rule]] if self.rule else BEST_FIRST)
+            for align in (True, False)
+            if self.align in (None, align) and (rule.can_align or not align)
+            if self.calibration is not None or not rule.needs_tokens
+            if not (rule.sequential and self.workers.are_others)
         ]
-
-
-def choose_recipe(estimates: list[tuple[Recipe, Estimate]]) -> tuple[Recipe, Estimate]:
-    """The first that takes a reasonable time; the last one where none does."""
-    return next((each for each in estimates if each[1].is_reasonable), estimates[-1])

@@ -1,4 +1,4 @@
-"""What a conversion's result follows from, so that one that was broken off goes on from nothing else."""
+"""What a conversion's result follows from, so that an interrupted one is resumed from nothing else."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,29 +6,22 @@ from typing import Any
 import vllm_puzzle
 from vllm_puzzle.format import INDEX_FILE
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.manifest import sha256_of
-from ..errors import CheckpointError
-from .options import ConvertOptions
+from .job import Setup
 
 # Options that change nothing that is written.
 _FREE = ("jobs", "ray")
 
 
-def origin_of(checkpoint: Checkpoint, options: ConvertOptions) -> dict[str, Any]:
+def origin_of(setup: Setup) -> dict[str, Any]:
     """The version, every option that changes what is written, and the source's files, by the names a user knows.
 
-    Of a shard its size and time of change stand for its content, which takes as long to read as to convert.
-
-    Raises:
-        CheckpointError: the calibration text cannot be read.
+    A shard is known by its size and time of change: its content takes as long to read as to convert.
     """
-    chosen = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name not in _FREE}
-    if options.calibration is not None:
-        try:
-            chosen["--calibration"] = sha256_of(options.calibration)
-        except OSError as error:
-            raise CheckpointError(f"calibration text {options.calibration} cannot be read: {error.strerror}") from None
+    checkpoint, options = setup.checkpoint, asdict(setup.options)
+    chosen = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in _FREE}
+    if setup.calibration is not None:
+        chosen["--calibration"] = setup.calibration.sha256
     files: dict[str, Any] = {}
     for name in sorted({info.shard for info in checkpoint.tensors.values()}):
         status = (checkpoint.path / name).stat()

@@ -2,36 +2,72 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import networkx
 
-from vllm_puzzle.format import LayerSlots
+from vllm_puzzle.format import LayerSlots, default_max_expert_parallel
 
 from ..errors import CheckpointError
 from ..merging.pair_loss import Mates
 
 
+@dataclass(frozen=True)
+class PairBudget:
+    """How many pairs a compression asks for.
+
+    Attributes:
+        max_expert_parallel: the ranks that mates stay together for.
+        per_layer: pairs of a layer where all layers have as many.
+        total: pairs in all MoE layers together.
+        all_paired: no expert that could have a mate stays alone.
+    """
+
+    max_expert_parallel: int
+    per_layer: int
+    total: int
+    all_paired: bool
+
+
+def budget_pairs(
+    num_experts: int, num_layers: int, compression: float, max_expert_parallel: int | None = None
+) -> PairBudget:
+    """The pairs that bring `compression` percent in `num_layers` MoE layers.
+
+    Args:
+        max_expert_parallel: None takes `default_max_expert_parallel`.
+
+    Raises:
+        CheckpointError: see `count_pairs`.
+    """
+    ranks = max_expert_parallel or default_max_expert_parallel(num_experts)
+    per_layer = count_pairs(num_experts, compression, ranks)
+    all_paired = per_layer == most_pairs(num_experts, ranks)
+    total = per_layer * num_layers if all_paired else _round_down(num_experts * num_layers * compression / 100)
+    return PairBudget(ranks, per_layer, total, all_paired)
+
+
 def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) -> int:
-    """How many pairs bring `compression` percent, rounded down to a whole pair.
+    """How many pairs in one layer bring `compression` percent, rounded down to a whole pair.
 
     An odd number of experts leaves one single, so 50 % means as many pairs as there can be.
 
     Raises:
-        CheckpointError: the blocks are uneven, or have too few experts each for that many pairs.
+        CheckpointError: the experts do not divide evenly among the ranks, or each rank has too few for that many pairs.
     """
-    block, rest = divmod(num_experts, max_expert_parallel)
-    if rest or block < 2:
+    per_rank, rest = divmod(num_experts, max_expert_parallel)
+    if rest or per_rank < 2:
         raise CheckpointError(
-            f"--max-expert-parallel {max_expert_parallel} does not cut {num_experts} experts into equal blocks of "
+            f"--max-expert-parallel {max_expert_parallel} does not cut {num_experts} experts into equal groups of "
             f"2 or more; choose a divisor of {num_experts}"
         )
-    pairs = pair_budget(num_experts, 1, compression)
+    pairs = _round_down(num_experts * compression / 100)
     most = most_pairs(num_experts, max_expert_parallel)
     if pairs > most:
         raise CheckpointError(
-            f"--compression {compression:g} needs {pairs} pairs, but {max_expert_parallel} blocks of {block} experts "
-            f"hold at most {most}; choose a smaller --max-expert-parallel or --compression "
+            f"--compression {compression:g} needs {pairs} pairs, but {max_expert_parallel} groups of {per_rank} "
+            f"experts hold at most {most}; choose a smaller --max-expert-parallel or --compression "
             f"{100 * most / num_experts:.2f}"
         )
     return pairs
@@ -42,39 +78,39 @@ def most_pairs(num_experts: int, max_expert_parallel: int) -> int:
     return max_expert_parallel * (num_experts // max_expert_parallel // 2)
 
 
-def pair_budget(num_experts: int, num_layers: int, compression: float) -> int:
-    """How many pairs in all layers together bring `compression` percent, rounded down to a whole pair."""
-    return int(num_experts * num_layers * compression / 100 + 1e-9)
+def _round_down(pairs: float) -> int:
+    # A product that is a hair below a whole number means that number.
+    return int(pairs + 1e-9)
 
 
-def blocks(num_experts: int, max_expert_parallel: int) -> list[range]:
+def _rank_groups(num_experts: int, max_expert_parallel: int) -> list[range]:
     """The ids that stay on one rank, and so the ids among which mates are found."""
     size = num_experts // max_expert_parallel
     return [range(start, start + size) for start in range(0, num_experts, size)]
 
 
-def candidates(num_experts: int, max_expert_parallel: int) -> list[tuple[int, int]]:
+def list_candidates(num_experts: int, max_expert_parallel: int) -> list[tuple[int, int]]:
     """Every two experts that may be mates."""
-    return [pair for block in blocks(num_experts, max_expert_parallel) for pair in combinations(block, 2)]
+    return [pair for group in _rank_groups(num_experts, max_expert_parallel) for pair in combinations(group, 2)]
 
 
 def draw_mates(num_experts: int, max_expert_parallel: int, generator: random.Random) -> list[tuple[int, int]]:
-    """As many pairs as there can be, drawn at random inside the blocks."""
+    """As many pairs as there can be, drawn at random within each rank's experts."""
     drawn: list[tuple[int, int]] = []
-    for block in blocks(num_experts, max_expert_parallel):
-        ids = list(block)
+    for group in _rank_groups(num_experts, max_expert_parallel):
+        ids = list(group)
         generator.shuffle(ids)
         drawn += zip(ids[0::2], ids[1::2], strict=False)
     return drawn
 
 
-def match(mates: Iterable[Mates], pairing: str) -> list[Mates]:
+def match_pairs(candidates: Iterable[Mates], pairing: str) -> list[Mates]:
     """As many disjoint pairs as there can be: of least loss together, or of most coactivation.
 
     By maximum-weight matching. Where coactivation leaves a choice, the smaller loss takes it.
     """
     graph = networkx.Graph()
-    by_pair = {frozenset(each.experts): each for each in mates}
+    by_pair = {frozenset(each.experts): each for each in candidates}
     largest = max((each.loss for each in by_pair.values()), default=0.0) or 1.0
     for each in by_pair.values():
         weight = -each.loss / largest
@@ -85,7 +121,7 @@ def match(mates: Iterable[Mates], pairing: str) -> list[Mates]:
     return sorted((by_pair[frozenset(pair)] for pair in matching), key=lambda each: each.experts)
 
 
-def spend(budget: int, mates_by_layer: Mapping[int, Sequence[Mates]]) -> dict[int, list[Mates]]:
+def spend_budget(budget: int, mates_by_layer: Mapping[int, Sequence[Mates]]) -> dict[int, list[Mates]]:
     """The `budget` pairs of least loss over all layers; every pair saves the same bytes."""
     ranked = sorted(
         ((each.loss, layer, each) for layer, mates in mates_by_layer.items() for each in mates),
@@ -105,10 +141,10 @@ def layer_slots(layer: int, num_experts: int, pairs: Iterable[tuple[int, int]]) 
     return LayerSlots(layer=layer, experts=paired + single, pairs=len(mates))
 
 
-def pair_at_random(
+def draw_slots(
     layer: int, num_experts: int, pairs: int, max_expert_parallel: int, generator: random.Random
 ) -> LayerSlots:
-    """Mates drawn at random inside the blocks; where not all are paired, which ones stay single is drawn as well."""
+    """A layer's slots with mates drawn at random; where not all are paired, who stays single is drawn as well."""
     drawn = draw_mates(num_experts, max_expert_parallel, generator)
     if pairs < len(drawn):
         drawn = generator.sample(drawn, pairs)

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import CheckpointError
 
-# A task whose worker or machine is lost begins again; one that raises does not.
+# A task whose worker or machine is lost starts again; one that raises does not.
 _RESTARTS = 3
 
 
@@ -16,7 +16,7 @@ class RayPool:
     """Submits calls to the cluster at `address`, as tasks of `threads` CPUs each, while the context lasts.
 
     Raises:
-        CheckpointError: ray is not installed, or no cluster answers.
+        CheckpointError: ray is not installed, or no cluster is there.
     """
 
     def __init__(self, address: str, threads: int) -> None:
@@ -43,20 +43,20 @@ class RayPool:
         self._ray.shutdown()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> "RayResult":
-        """Begins a call in a task of its own."""
+        """Starts a call in a task of its own."""
         task = self._ray.remote(num_cpus=self._threads, max_retries=_RESTARTS)(_call)
         return RayResult(self._ray, task.remote(self._threads, function, arguments))
 
 
 class RayResult:
-    """A call that a task makes."""
+    """The result of a call that a task makes."""
 
     def __init__(self, ray: Any, reference: Any) -> None:
         self._ray = ray
         self._reference = reference
 
     def result(self) -> Any:
-        """Waits for it; what the call raised is raised as it was, a task that is lost for good as OSError."""
+        """Waits for the call's result; raises what it raised, or OSError where its task was lost for good."""
         try:
             return self._ray.get(self._reference)
         except self._ray.exceptions.RayTaskError as error:
@@ -65,7 +65,7 @@ class RayResult:
             raise OSError(f"Ray lost a layer ({str(error).strip().splitlines()[0]})") from None
 
     def cancel(self) -> None:
-        """Does not wait for it."""
+        """Stops the call without waiting for it."""
         self._ray.cancel(self._reference)
 
 

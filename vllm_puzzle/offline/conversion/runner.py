@@ -1,64 +1,73 @@
-"""Every unit of a conversion, those of an earlier run included, with the calibration tokens' way between them."""
+"""Every unit of a conversion, those of an earlier run included, with the calibration tokens' path between them."""
 
 from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
 
-from ..merging.layer import ExpertWeights
+from ..merging.layer import ExpertWeights, LayerTokens
 from ..progress import Report
-from .calibration_walk import CalibrationPass
+from .calibration_walk import CalibrationWalk
 from .job import Job
 from .journal import Journal
 from .options import Workers
-from .units import LayerTokens, Unit, UnitResult, write_unit
+from .units import Unit, UnitResult, write_unit
 from .workers import write_units
 
-"""Takes one sentence for the user."""
 
+class _Tokens:
+    """The calibration tokens on their path from unit to unit, kept in the journal so that a later run can resume.
 
-class _Calibration:
-    """The tokens on their way, kept in the journal so that the next run can go on; nothing where there is no text."""
+    There are none where no text was given.
+    """
 
-    def __init__(self, job: Job, units: list[Unit], journal: Journal, done: int) -> None:
+    def __init__(self, job: Job, journal: Journal, done: int) -> None:
+        """`done` is how many units are written already."""
         self._job = job
-        self._units = units
         self._journal = journal
         self._idle: dict[int, list[str]] = {}
-        self._tokens: CalibrationPass | None = None
-        if job.calibrator is not None and done < len(units):
-            self._tokens = CalibrationPass(job)
+        self._walk: CalibrationWalk | None = None
+        if job.calibrator is not None:
+            self._walk = CalibrationWalk(job.calibrator, job.recipe.rule.sequential)
             if done:
-                self._tokens.restore(journal.load_states(done))
+                self._walk.restore(journal.load_states(done))
 
     def enter(self, unit: Unit) -> LayerTokens | None:
         """What a unit's experts see; None where there are none, or no text."""
-        if self._tokens is None:
-            return None
-        found = None
-        if unit.layer is not None:
-            found = self._tokens.enter(unit.layer)
-        number = self._units.index(unit)
-        self._idle[number], self._tokens.idle_experts = self._tokens.idle_experts, []
-        if not self._job.recipe.compensated:
-            self._journal.save_states(number + 1, self._tokens.states)
-        return found
+        tokens = None
+        if self._walk is not None and unit.layer is not None:
+            tokens = self._walk.enter(unit.layer, self._job.stored_experts(unit.layer))
+        if tokens is not None and tokens.idle_experts:
+            self._idle[unit.number] = [self._describe_idle(unit, tokens)]
+        if not self._job.recipe.rule.sequential:
+            self._save(unit)
+        return tokens
 
-    def write(self, unit: Unit, directory: Path) -> UnitResult:
-        """Writes a unit in this process, and goes on."""
-        tokens = self.enter(unit)
-        if self._tokens is None or unit.layer is None or tokens is None or not self._job.recipe.compensated:
+    def write(self, unit: Unit) -> UnitResult:
+        """Writes a unit in this process, and carries the tokens through what was merged."""
+        tokens, directory = self.enter(unit), self._journal.directory
+        if not self._job.recipe.rule.sequential:
+            return write_unit(self._job, unit, directory, tokens)
+        if self._walk is None or unit.layer is None or tokens is None:
             result = write_unit(self._job, unit, directory, tokens)
         else:
             merged = ExpertWeights.unread(self._job.shape.num_experts, self._job.activation)
             result = write_unit(self._job, unit, directory, tokens, merged)
-            self._tokens.leave(unit.layer, tokens, merged)
-        if self._tokens is not None and self._job.recipe.compensated:
-            self._journal.save_states(self._units.index(unit) + 1, self._tokens.states)
+            self._walk.leave(unit.layer, tokens, merged)
+        self._save(unit)
         return result
 
-    def idle(self, number: int) -> list[str]:
-        """What is to be said of a unit's experts that saw no token."""
-        return self._idle.pop(number, [])
+    def take_idle(self, unit: Unit) -> list[str]:
+        """The sentences about a unit's experts that saw no token."""
+        return self._idle.pop(unit.number, [])
+
+    def _save(self, unit: Unit) -> None:
+        if self._walk is not None:
+            self._journal.save_states(unit.number + 1, self._walk.states)
+
+    def _describe_idle(self, unit: Unit, tokens: LayerTokens) -> str:
+        return (
+            f"layer {unit.layer}: experts {list(tokens.idle_experts)} saw no calibration token, so "
+            f"{self._job.recipe.rule.idle_consequence}; calibrate on more text"
+        )
 
 
 def write_all(
@@ -75,17 +84,19 @@ def write_all(
             report(sentence)
         yield units[done], UnitResult.from_json(recorded)
         done += 1
-    calibration = _Calibration(job, units, journal, done)
     left = units[done:]
+    if not left:
+        return
+    tokens = _Tokens(job, journal, done)
     if workers.are_others:
-        written = write_units(job, left, journal.directory, calibration.enter, workers)
+        written = write_units(job, left, journal.directory, tokens.enter, workers)
     else:
-        written = ((unit, calibration.write(unit, journal.directory)) for unit in left)
+        written = ((unit, tokens.write(unit)) for unit in left)
     with closing(written):
-        for number, (unit, result) in enumerate(written, start=done):
-            idle = calibration.idle(number)
-            journal.record(f"unit {number}", {**result.to_json(), "idle": idle})
-            journal.drop_states(number)
+        for unit, result in written:
+            idle = tokens.take_idle(unit)
+            journal.record(f"unit {unit.number}", {**result.to_json(), "idle": idle})
+            journal.drop_states(unit.number)
             for sentence in idle:
                 report(sentence)
             yield unit, result

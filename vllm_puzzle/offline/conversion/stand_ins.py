@@ -1,4 +1,4 @@
-"""Modules that stand in for parts of transformers' model, to see what comes to them."""
+"""Modules that replace parts of transformers' model, to record what they are called with."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what the model calls it with."""
+    """Replaces a decoder layer, and records what the model calls it with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,9 +20,10 @@ class Recorder(nn.Module):
 
 
 class SilentExperts(nn.Module):
-    """Stands in for a layer's routed experts: keeps what would enter them and answers zero.
+    """Replaces a layer's routed experts: records what enters them, and returns zeros.
 
-    A decoder layer adds its experts' outputs to everything else, so what comes out is the layer without them.
+    A decoder layer adds its experts' output to everything else, so its output is then that without its experts.
+    `calls` are (hidden (num_tokens, hidden_size), expert ids and float32 router weights (num_tokens, top_k)) each.
     """
 
     def __init__(self) -> None:
@@ -37,10 +38,10 @@ class SilentExperts(nn.Module):
 
 
 class SilentWeighedExperts(SilentExperts):
-    """The same where router weights go into the experts, one of which is chosen: each weighed input comes out once.
+    """Replaces experts whose inputs are multiplied by their router weights, where one is chosen for each token.
 
-    Such experts are called with all tokens once an expert, one expert after the other, and what an expert does not get
-    is zero: (num_experts * num_tokens, hidden_size).
+    They are called with (num_experts * num_tokens, hidden_size): all tokens for each expert in turn, with zeros for the
+    tokens that are not routed to it.
     """
 
     def __init__(self, num_experts: int) -> None:

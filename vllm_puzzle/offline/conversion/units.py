@@ -1,4 +1,4 @@
-"""What a conversion is made of: units that are written alone, each to shards of its own, in any order or process."""
+"""Units of a conversion: each is written alone, to shards of its own, in any order and by any process."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,9 +12,9 @@ from vllm_puzzle.format import WORD16, FormatError, LayerSlots, packed_name, unp
 from ..checkpoints.checkpoint import SourceHash
 from ..checkpoints.expert_tensors import layer_names
 from ..checkpoints.manifest import LayerEntry, ShardEntry
-from ..checkpoints.shards import Planned, ShardPlan, ShardWriter, plan_shards
+from ..checkpoints.shards import ShardLayout, ShardWriter, TensorLayout, lay_out_shards
 from ..errors import CheckpointError
-from ..merging.layer import ExpertWeights, RoutedTokens
+from ..merging.layer import ExpertWeights, LayerTokens
 from ..merging.merge_layer import merge_layer
 from ..merging.pair import MergeStatistics
 from ..merging.pair_loss import Mates
@@ -23,25 +23,20 @@ from .job import Job
 
 @dataclass(frozen=True)
 class Unit:
-    """A decoder layer, or all tensors of no layer: `slots` of an MoE layer, the files it becomes."""
+    """A decoder layer, or all tensors of no layer, and the files it becomes.
 
+    `number` counts the units in the order in which they are written; `slots` is None where there are no experts.
+    """
+
+    number: int
     layer: int | None
     slots: LayerSlots | None
-    shards: tuple[ShardPlan, ...]
-
-
-@dataclass(frozen=True)
-class LayerTokens:
-    """What calibration knows of a layer: see `merge_layer`."""
-
-    routed: RoutedTokens
-    energy: float
-    lacking: torch.Tensor | None = None
+    shards: tuple[ShardLayout, ...]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What merging did to one layer; `mates` is empty where nothing was estimated."""
+    """What merging did to one MoE layer; `mates` is empty where nothing was estimated."""
 
     slots: LayerSlots
     statistics: MergeStatistics
@@ -61,7 +56,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What was written, the lines of `SourceHash` of what was read, and what merging did."""
+    """The shards of a written unit, the lines of `SourceHash` of what was read, and what merging did to its experts."""
 
     shards: list[ShardEntry]
     source: list[str]
@@ -79,41 +74,31 @@ class UnitResult:
     def from_json(cls, content: Mapping[str, Any]) -> "UnitResult":
         report = content["report"]
         if report is not None:
-            report = LayerReport(
-                LayerSlots(**report["slots"]), MergeStatistics(**report["statistics"]), mates_from_json(report["mates"])
-            )
+            mates = [Mates.from_json(each) for each in report["mates"]]
+            report = LayerReport(LayerSlots(**report["slots"]), MergeStatistics(**report["statistics"]), mates)
         return cls([ShardEntry(**entry) for entry in content["shards"]], content["source"], report)
 
 
-def mates_from_json(content: list[dict[str, Any]]) -> list[Mates]:
-    """What `asdict` made of them."""
-    return [Mates(tuple(each["experts"]), each["loss"], each["coactivation"]) for each in content]
+def make_units(job: Job, slots: Mapping[int, LayerSlots], shard_size: int) -> list[Unit]:
+    """Every unit, tensors of no layer first; `shard_size` as in `lay_out_shards`."""
+    layers = [(layer, slots.get(layer) if layer is not None else None) for layer in job.names]
+    shards = lay_out_shards([list(_lay_out_unit(job, *each)) for each in layers], shard_size)
+    return [Unit(number, *layers[number], tuple(files)) for number, files in enumerate(shards)]
 
 
-def plan_units(job: Job, slots: Mapping[int, LayerSlots], shard_size: int) -> list[Unit]:
-    """Every unit, tensors of no layer first; `shard_size` as in `plan_shards`."""
-    layers = list(job.names)
-    groups = [list(_plan(job, layer, slots.get(layer) if layer is not None else None)) for layer in layers]
-    shards = plan_shards(groups, shard_size)
-    return [
-        Unit(layer, slots.get(layer) if layer is not None else None, tuple(files))
-        for layer, files in zip(layers, shards, strict=True)
-    ]
-
-
-def _plan(job: Job, layer: int | None, slots: LayerSlots | None) -> Iterator[Planned]:
+def _lay_out_unit(job: Job, layer: int | None, slots: LayerSlots | None) -> Iterator[TensorLayout]:
     """A unit's tensors in the order in which they are written: what is copied, and then slot after slot."""
     shape = job.shape
-    copied = [Planned.copy_of(name, job.checkpoint.tensors[name]) for name in job.names_beside_experts(layer)]
+    copied = [TensorLayout.copy_of(name, job.checkpoint.tensors[name]) for name in job.names_beside_experts(layer)]
     # The widest elements first, so that all lie at multiples of their size.
-    yield from sorted(copied, key=lambda planned: (-planned.element_bytes, planned.name))
+    yield from sorted(copied, key=lambda tensor: (-tensor.element_bytes, tensor.name))
     if layer is None or slots is None:
         return
     for slot in range(slots.num_slots):
         for projection in shape.family.projections:
             name = packed_name(shape.experts_prefix(layer), slots.first_member(slot), projection)
             size = shape.projection_shape(projection)
-            yield Planned(name, WORD16.safetensors_dtype, size, 2 * size[0] * size[1])
+            yield TensorLayout(name, WORD16.safetensors_dtype, size, 2 * size[0] * size[1])
 
 
 @torch.inference_mode()
@@ -123,10 +108,10 @@ def write_unit(
     """Merges, packs and writes a unit.
 
     Args:
-        merged: where the experts are put as a reader finds them, if anybody wants them.
+        merged: receives the merged experts as a reader of the checkpoint finds them.
 
     Raises:
-        CheckpointError: a tensor cannot be read, or an element has no word; names tensor and index.
+        CheckpointError: a tensor cannot be read, or no word holds an element; names tensor and index.
         OSError: the disk is full or cannot be written.
     """
     source = SourceHash()
@@ -140,9 +125,9 @@ def write_unit(
     copied = set(job.names_beside_experts(unit.layer))
     with ShardWriter(directory, unit.shards) as writer:
         for shard in unit.shards:
-            for planned in shard.tensors:
-                if planned.name in copied:
-                    writer.write(planned.name, *read([planned.name]))
+            for tensor in shard.tensors:
+                if tensor.name in copied:
+                    writer.write(tensor.name, *read([tensor.name]))
         report = None
         if unit.layer is not None and unit.slots is not None:
             report = _write_experts(job, unit.layer, unit.slots, read, tokens, merged, writer)
@@ -171,9 +156,7 @@ def _write_experts(
                 (merged.gate, merged.up, merged.down)[position][expert] = unpack(words, member)
 
     try:
-        # Without calibration `merge_layer` has its own defaults.
-        known = () if tokens is None else (tokens.routed, tokens.lacking, tokens.energy)
-        done = merge_layer(read_expert, job.activation, names, slots, job.recipe, emit, *known)
+        done = merge_layer(read_expert, job.activation, names, slots, job.recipe, emit, tokens)
     except FormatError as error:
         raise CheckpointError(str(error)) from None
     return LayerReport(slots, done.statistics, done.mates)

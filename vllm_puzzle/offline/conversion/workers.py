@@ -16,13 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
+from ..merging.layer import LayerTokens
 from .job import Job
 from .options import Workers
 from .ray import RayPool
-from .units import LayerTokens, Unit, UnitResult, write_unit
+from .units import Unit, UnitResult, write_unit
 
 Enter = Callable[[Unit], LayerTokens | None]
-"""What calibration knows of a unit; called for every unit, in their order."""
+"""Returns what calibration knows of a unit; called for every unit, in their order."""
 
 
 class _Result(Protocol):
@@ -40,7 +41,7 @@ class _Pool(Protocol):
 def write_units(
     job: Job, units: list[Unit], directory: Path, enter: Enter, workers: Workers
 ) -> Generator[tuple[Unit, UnitResult], None, None]:
-    """Every unit, in their order, as soon as it is written; the same bytes whoever writes.
+    """Every unit, in their order, as soon as it is written; the bytes do not depend on the workers.
 
     Raises:
         CheckpointError, OSError: as `write_unit`; a process that was killed is an OSError.
@@ -50,7 +51,7 @@ def write_units(
     threads = torch.get_num_threads()
     if job.calibrator is None and workers.ray is None:
         threads = max(1, threads // workers.jobs)
-    there = replace(job, calibrator=None, token_ids=None)
+    there = replace(job, calibrator=None)
     with _pool(workers, threads) as pool:
         waiting: deque[tuple[Unit, _Result]] = deque()
         try:
@@ -89,7 +90,7 @@ def _processes(jobs: int, threads: int) -> Iterator[_Pool]:
 
 
 class _Undisturbed:
-    """Starts processes that Ctrl-C, which a terminal sends to all of them, does not reach: the first one ends them."""
+    """Starts processes that ignore Ctrl-C, which a terminal sends to all of them: this process ends them."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool

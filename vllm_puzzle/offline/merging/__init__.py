@@ -1,1 +1,4 @@
-"""What two experts become: rules, saliency, alignment, compensation, and the words that come out."""
+"""Merging two experts of a layer: rules, saliency, alignment, compensation, and the words that they are packed into.
+
+Two experts that share a slot of a packed layer are *mates*.
+"""

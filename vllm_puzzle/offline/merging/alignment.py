@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from .elements import cheapest_loss
 from .layer import ExpertWeights
-from .rules import cheapest_loss
 from .saliency import ExpertStatistics
 
 # Bounds the temporaries of the loss of every neuron with every other, in elements.
@@ -24,9 +24,9 @@ def neuron_magnitudes(experts: ExpertWeights, expert: int, neurons: slice = slic
 
 
 def estimate_loss(experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics]) -> float:
-    """What merging two experts as they are costs, in units of the layer's squared output summed over tokens.
+    """What merging two experts without alignment costs, in units of the layer's squared output summed over tokens.
 
-    Every element counts alone: nothing makes up for an error here.
+    Every element counts alone: no other makes up for its error.
     """
     num_neurons, hidden_size = experts.gate[pair[0]].shape
     step = max(1, _ELEMENTS_AT_ONCE // (3 * hidden_size))
@@ -40,12 +40,14 @@ def estimate_loss(experts: ExpertWeights, pair: tuple[int, int], statistics: Seq
     return total
 
 
-def align(magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]) -> torch.Tensor:
+def align_neurons(
+    magnitudes: tuple[torch.Tensor, torch.Tensor], statistics: Sequence[ExpertStatistics]
+) -> torch.Tensor:
     """The order of the second expert's neurons in which the two merge with least loss, by optimal assignment.
 
     Args:
-        magnitudes: of both, as `neuron_magnitudes` gives them.
-        statistics: of moments between inputs only the diagonal is read.
+        magnitudes: of both experts, see `neuron_magnitudes`.
+        statistics: of both experts; only the diagonal of moments between inputs is read.
 
     Returns:
         int64 (intermediate_size,): neuron p of the first goes with neuron `order[p]` of the second.

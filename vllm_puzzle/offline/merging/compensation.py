@@ -6,7 +6,7 @@ each with the second moments of its own inputs.
 
 import torch
 
-from .rules import cheapest
+from .elements import cheapest
 
 # Columns between two updates of all that follow; wider blocks move less memory and compute more inside.
 _BLOCK = 64
@@ -14,7 +14,7 @@ _BLOCK = 64
 _DAMPING = 0.01
 
 
-def compensate(weights: torch.Tensor, moments: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def compensate_columns(weights: torch.Tensor, moments: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Merges two matrices so that their outputs change least.
 
     Minimizes `sum_m rows_m (W'_m - W_m) H_m (W'_m - W_m)^T` greedily: columns in descending order of their moments,
@@ -37,7 +37,7 @@ def compensate(weights: torch.Tensor, moments: torch.Tensor, rows: torch.Tensor)
     damped.diagonal(dim1=1, dim2=2).add_(_DAMPING)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    # One factor a member and column: the moments were divided by their mean.
+    # One factor per member and column: the moments were divided by their mean.
     costs = rows[..., None] * mean[..., None] / factor.diagonal(dim1=1, dim2=2).square()[:, None]
     remaining = weights[:, :, order]
     merged = torch.empty_like(remaining)

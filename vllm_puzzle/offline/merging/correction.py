@@ -1,8 +1,8 @@
-"""What a layer's output lacks, and the part of it that down projections can give back.
+"""What a layer's output lacks, and the part that down projections can give back.
 
 The layers before it were merged too, so a layer's experts see other inputs than in the source model, and the residual
-stream has drifted. Each pair, once its gate and up are merged, is asked to answer what its experts answered before and
-a share of what the layer's output lacks; what the pair then fails to give is left to the pairs after it.
+stream has drifted. Each pair, once its gate and up are merged, is asked for the output that its experts had before
+and a share of what the layer's output lacks; what the pair then fails to give is left to the pairs after it.
 """
 
 import torch
@@ -30,7 +30,7 @@ class OutputCorrection:
         self._experts = experts
         self._routed = routed
         self._lacking = lacking
-        # What each expert's answers lose with its gate and up, part by part, from `ask` until `settle`.
+        # What each expert's output loses with its gate and up, part by part, from `ask` until `settle`.
         self._lost: dict[int, list[torch.Tensor]] = {}
 
     def ask(
@@ -69,7 +69,7 @@ class OutputCorrection:
         return down + torch.linalg.solve(ridge, cross.T).T, moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
-        """Takes note of what the merged expert, once asked, answers instead of its own."""
+        """Counts the output of the merged expert, after `ask`, in place of the expert's own."""
         change = merged.down[member].float() - self._experts.down[expert].float()
         for (tokens, weights, rows), lost in zip(self._routed.parts(expert), self._lost.pop(expert), strict=True):
             gained = merged.intermediate(member, rows) @ change.to(rows.dtype).T

@@ -12,14 +12,19 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 TOKENS_AT_ONCE = 8192
 
 
+def split_tokens(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of at most TOKENS_AT_ONCE rows each, of a tensor with one row a token."""
+    return rows.split(TOKENS_AT_ONCE)
+
+
 class Experts(Protocol):
-    """What tokens can be run through."""
+    """A layer's experts, as a function of tokens."""
 
     @property
     def num_experts(self) -> int: ...
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One expert alone, before its router weight: (num_tokens, hidden_size) to the same."""
+        """The output of one expert, before its router weight: (num_tokens, hidden_size) to the same shape."""
 
 
 @dataclass
@@ -36,7 +41,7 @@ class ExpertWeights:
 
     @classmethod
     def unread(cls, num_experts: int, activation: Activation) -> "ExpertWeights":
-        """None of them there yet; see `put`."""
+        """Experts whose matrices are yet to be `put`."""
         nothing = [torch.empty(0)] * num_experts
         return cls(list(nothing), list(nothing), list(nothing), activation)
 
@@ -45,11 +50,11 @@ class ExpertWeights:
         return len(self.gate)
 
     def put(self, expert: int, matrices: Sequence[torch.Tensor]) -> None:
-        """Makes these the gate, up and down of one expert."""
+        """Sets gate, up and down of one expert."""
         self.gate[expert], self.up[expert], self.down[expert] = matrices
 
     def drop(self, expert: int) -> None:
-        """Forgets the matrices of one expert, so that their memory can be freed."""
+        """Drops the matrices of one expert, so that their memory can be freed."""
         self.put(expert, [torch.empty(0)] * 3)
 
     def copy(self) -> "ExpertWeights":
@@ -61,7 +66,7 @@ class ExpertWeights:
         return self.gate[expert], self.up[expert], self.down[expert]
 
     def intermediate(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What goes into the down projection: (num_tokens, hidden_size) to (num_tokens, intermediate_size)."""
+        """The input of the down projection: (num_tokens, hidden_size) to (num_tokens, intermediate_size)."""
         gate, up = self.gate[expert].to(hidden.dtype), self.up[expert].to(hidden.dtype)
         return self.activation(hidden @ gate.T) * (hidden @ up.T)
 
@@ -86,13 +91,13 @@ class RoutedTokens:
         return len(self.hidden)
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of one expert: positions, int64 (n,), ascending, and its router weights there, float32 (n,)."""
+        """The tokens of one expert: their positions, int64 (n,), ascending, and router weights, float32 (n,)."""
         tokens, choices = torch.where(self.topk_ids == expert)
         return tokens, self.topk_weights[tokens, choices]
 
     def parts(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """`of(expert)` in parts of at most TOKENS_AT_ONCE, each with its rows of `hidden`: positions, weights, rows."""
-        for tokens, weights in zip(*(whole.split(TOKENS_AT_ONCE) for whole in self.of(expert)), strict=True):
+        for tokens, weights in zip(*map(split_tokens, self.of(expert)), strict=True):
             if len(tokens):
                 yield tokens, weights, self.hidden[tokens]
 
@@ -103,3 +108,22 @@ class RoutedTokens:
             for tokens, weights, rows in self.parts(expert):
                 total.index_add_(0, tokens, experts.output(expert, rows).float() * weights[:, None])
         return total
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What calibration knows of one MoE layer.
+
+    Attributes:
+        routed: the tokens that enter the layer's experts; for a sequential rule after the merged layers before it.
+        energy: what a squared error of the layer's output, summed over tokens, is compared with; see
+            `HiddenStates.energy`.
+        lacking: for a sequential rule what the layer's output lacks, float32 (num_tokens, hidden_size); changed in
+            place while the layer is merged, see `OutputCorrection`.
+        idle_experts: ids of the experts that no token reaches in the source model, ascending.
+    """
+
+    routed: RoutedTokens
+    energy: float
+    lacking: torch.Tensor | None = None
+    idle_experts: tuple[int, ...] = ()

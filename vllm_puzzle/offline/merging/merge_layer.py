@@ -1,4 +1,4 @@
-"""One layer: its pairs merged, its slots packed."""
+"""Merging the pairs of one layer, and packing its slots."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,32 +8,30 @@ import torch
 from vllm_puzzle.format import LayerSlots, check_storable
 
 from .correction import OutputCorrection
-from .layer import Activation, ExpertWeights, RoutedTokens
+from .layer import Activation, ExpertWeights, LayerTokens
 from .pair import (
-    ElementRule,
     MergeStatistics,
     Packed,
     align_mates,
-    merge_by_compensation,
     pack_alone,
-    pack_pair,
 )
-from .pair_loss import Mates, expect
+from .pair_loss import Mates, estimate_pair
 from .recipe import Recipe
-from .saliency import ExpertStatistics, InputNorms, input_norms, measure, uniform, uniform_norms
+from .rules import Mating
+from .saliency import ExpertStatistics, measure_saliency
 
 Read = Callable[[int], Sequence[torch.Tensor]]
-"""Takes an expert, answers its gate, up and down."""
+"""Takes an expert's id, returns its gate, up and down."""
 
 Emit = Callable[[int, int, torch.Tensor], None]
-"""Takes a slot, 0, 1 or 2 for its gate, up or down, and the words of that, int16; in this order."""
+"""Takes a slot, the position of a matrix in it (0 for gate, 1 for up, 2 for down) and the matrix's words, int16."""
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What merging changed, and what the pairs were expected to lose.
+    """What merging a layer changed, and what its pairs were expected to lose.
 
-    The rule `paper` estimates nothing, so `mates` is empty then.
+    `mates` is empty where the rule estimates nothing.
     """
 
     statistics: MergeStatistics
@@ -47,31 +45,26 @@ def merge_layer(
     slots: LayerSlots,
     recipe: Recipe,
     emit: Emit,
-    routed: RoutedTokens | None = None,
-    lacking: torch.Tensor | None = None,
-    energy: float = 1.0,
+    tokens: LayerTokens | None = None,
 ) -> MergedLayer:
-    """Merges and packs, one slot after the other, with no other slot's experts in memory.
+    """Merges and packs one slot after the other; only its own experts are in memory.
 
     Args:
-        read: asked once for each expert.
-        activation: of the experts.
+        read: called once for each expert.
+        activation: the experts'.
         names: what an error calls gate, up and down of each expert.
-        emit: told of every matrix before the next is packed.
-        routed: the calibration tokens at this layer; None weighs by magnitudes alone.
-        lacking: what the layer's output lacks, float32 (num_tokens, hidden_size), for the rule `compensated`; see
-            `OutputCorrection`.
-        energy: see `HiddenStates.energy`.
+        emit: called with every matrix, in this order, before the next is packed.
+        tokens: the calibration tokens at this layer; None weighs by magnitudes alone.
 
     Raises:
         FormatError: an element that no word can hold; names tensor and index.
     """
     experts = ExpertWeights.unread(len(names), activation)
     correction = None
-    if recipe.compensated:
-        assert routed is not None
-        assert lacking is not None
-        correction = OutputCorrection(experts, routed, lacking)
+    if recipe.rule.sequential:
+        assert tokens is not None
+        assert tokens.lacking is not None
+        correction = OutputCorrection(experts, tokens.routed, tokens.lacking)
     merged = MergedLayer(MergeStatistics(), [])
     for slot in range(slots.num_slots):
         members = slots.members(slot)
@@ -83,7 +76,7 @@ def merge_layer(
             packed = pack_alone(experts, members[0], slot_names)
         else:
             pair = (members[0], members[1])
-            packed, mates = _merge_pair(experts, pair, slot_names, recipe, routed, energy, correction)
+            packed, mates = _merge_pair(experts, pair, slot_names, recipe, tokens, correction)
             merged.mates.extend(mates)
         for position, (words, changed) in enumerate(packed):
             merged.statistics.add(changed)
@@ -98,26 +91,18 @@ def _merge_pair(
     pair: tuple[int, int],
     names: Sequence[str],
     recipe: Recipe,
-    routed: RoutedTokens | None,
-    energy: float,
+    tokens: LayerTokens | None,
     correction: OutputCorrection | None,
 ) -> tuple[Iterator[Packed], list[Mates]]:
-    """What two mates become, and what is expected of it; aligned, the second's neurons are moved."""
-    if recipe.rule == "paper":
-        return ElementRule.of_the_paper(_norms(experts, pair, routed), recipe.tau).pack(experts, pair, names), []
-    statistics: Sequence[ExpertStatistics] = [_measure(experts, expert, recipe, routed) for expert in pair]
-    mates = [expect(experts, pair, statistics, routed, energy)]
-    if recipe.align:
-        statistics = align_mates(experts, pair, statistics)
-    if correction is None:
-        return ElementRule.of_saliency(statistics).pack(experts, pair, names), mates
-    two = merge_by_compensation(experts, pair, statistics, correction)
-    return pack_pair(two, experts, pair, names), mates
-
-
-def _norms(experts: ExpertWeights, pair: tuple[int, int], routed: RoutedTokens | None) -> list[InputNorms]:
-    return [input_norms(experts, expert, routed) if routed else uniform_norms(experts, expert) for expert in pair]
-
-
-def _measure(experts: ExpertWeights, expert: int, recipe: Recipe, routed: RoutedTokens | None) -> ExpertStatistics:
-    return measure(experts, expert, routed, full=recipe.compensated) if routed else uniform(experts, expert)
+    """The words of two mates, and what to expect of them; aligning reorders the second's neurons."""
+    routed = None if tokens is None else tokens.routed
+    statistics: Sequence[ExpertStatistics] = []
+    mates = []
+    if recipe.rule.estimates_loss:
+        full = recipe.rule.full_moments
+        statistics = [measure_saliency(experts, expert, routed, full) for expert in pair]
+        mates.append(estimate_pair(experts, pair, statistics, tokens))
+        if recipe.align:
+            statistics = align_mates(experts, pair, statistics)
+    mating = Mating(experts, pair, names, routed, statistics, correction, recipe.tau)
+    return recipe.rule.pack(mating), mates

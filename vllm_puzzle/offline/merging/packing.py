@@ -1,7 +1,7 @@
 """The compiled loop over the rows of two matrices: merged and packed in one pass, bit for bit as torch does it.
 
-torch makes some eighty passes over a block of rows, so that this is six times as fast. What it decides stands in
-`rules`, what it writes in `vllm_puzzle.format`; packing.cpp is both once more, for CPUs.
+torch makes some eighty passes over a block of rows, so that this is six times as fast. The decisions are those of
+`elements`, the words those of `vllm_puzzle.format`; packing.cpp repeats both for CPUs.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Merging a layer's pairs, and the words that they become."""
+"""Merging two experts, and packing what they become."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ import torch
 
 from vllm_puzzle.format import pack, pack_single, unpack
 
-from .alignment import align, neuron_magnitudes
-from .compensation import compensate
+from .alignment import align_neurons, neuron_magnitudes
+from .compensation import compensate_columns
 from .correction import OutputCorrection
+from .elements import Merged, cheapest, paper_rule
 from .layer import ExpertWeights
 from .packing import is_compiled, pack_rows
-from .rules import Merged, cheapest, paper_rule
 from .saliency import ExpertStatistics, InputNorms
 
-# At once by the rules that decide each element by itself: their temporaries, a dozen of this many, stay in the cache.
+# Elements that a rule for single elements merges at once: its temporaries, a dozen of this many, stay in the cache.
 _ELEMENTS_PER_BLOCK = 1 << 17
 
 
@@ -38,12 +38,12 @@ class MergeStatistics:
 
     @property
     def shared_fraction(self) -> float:
-        """Elements that both members keep."""
+        """The share of elements that both members keep."""
         return self.shared / self.elements if self.elements else 0.0
 
     @property
     def kept_fraction(self) -> float:
-        """Weights that survive in their own expert."""
+        """The share of weights that survive in their own expert."""
         return self.kept / (2 * self.elements) if self.elements else 1.0
 
     @property
@@ -84,7 +84,7 @@ class ElementRule:
         return cls(((gate_rows, hidden), (up_rows, hidden), (None, intermediate)))
 
     def merge(self, experts: ExpertWeights, pair: tuple[int, int]) -> ExpertWeights:
-        """Both members. Returns, as all here, float32 weights of two experts."""
+        """The two merged experts, float32."""
         gate, up, down = (
             torch.cat(
                 [self._decide(weights, row, col).signed(weights) for _, weights, row, col in _blocks(sources, *by)],
@@ -95,7 +95,7 @@ class ElementRule:
         return _pair(experts, gate, up, down)
 
     def pack(self, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]) -> Iterator[Packed]:
-        """Gate, up and down, without a float32 matrix in memory; `names` are theirs in an error."""
+        """The words of gate, up and down, which an error calls `names`; no float32 matrix is in memory as a whole."""
         for sources, by, name in zip(_sources(experts, pair), self.importance, names, strict=True):
             statistics = MergeStatistics()
             words = torch.empty(sources[0].shape, dtype=torch.int16, device=sources[0].device)
@@ -118,7 +118,7 @@ class ElementRule:
         # What was refused is refused once more here, by a sentence.
         two = self._decide(weights, by_row, by_column)
         words.copy_(pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name))
-        return compare(words, list(weights))
+        return count_changes(words, list(weights))
 
     def _decide(self, weights: torch.Tensor, by_row: torch.Tensor | None, by_column: torch.Tensor) -> Merged:
         magnitudes = weights.abs().float()
@@ -132,14 +132,14 @@ def merge_by_compensation(
     statistics: Sequence[ExpertStatistics],
     correction: OutputCorrection,
 ) -> ExpertWeights:
-    """Column by column, gate and up first; then down, which makes up for what they lost and for the layers before.
+    """Merges two experts column by column: gate and up, then down, which makes up for their loss and the layers before.
 
     Args:
         statistics: with moments between inputs.
     """
     gate, up, down = (torch.stack([source.float() for source in sources]) for sources in _sources(experts, pair))
     # Gate and up read the same inputs, so one pass over the columns decides both.
-    both = compensate(
+    both = compensate_columns(
         torch.cat([gate, up], dim=1),
         torch.stack([member.hidden for member in statistics]),
         torch.cat(_rows(statistics), dim=1),
@@ -147,7 +147,7 @@ def merge_by_compensation(
     merged = _pair(experts, both[:, : gate.shape[1]], both[:, gate.shape[1] :], down)
     asked = [correction.ask(expert, merged, member, statistics[member]) for member, expert in enumerate(pair)]
     targets, moments = (torch.stack(parts) for parts in zip(*asked, strict=True))
-    merged.down = list(compensate(targets, moments, torch.ones(targets.shape[:2], device=targets.device)))
+    merged.down = list(compensate_columns(targets, moments, torch.ones(targets.shape[:2], device=targets.device)))
     for member, expert in enumerate(pair):
         correction.settle(expert, merged, member)
     return merged
@@ -156,9 +156,9 @@ def merge_by_compensation(
 def align_mates(
     experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics]
 ) -> tuple[ExpertStatistics, ExpertStatistics]:
-    """Puts the second expert's neurons in the order that merges best; answers the statistics in that order."""
+    """Puts the second expert's neurons in the order that merges best; returns the statistics in that order."""
     first, second = pair
-    order = align((neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)), statistics)
+    order = align_neurons((neuron_magnitudes(experts, first), neuron_magnitudes(experts, second)), statistics)
     experts.gate[second] = experts.gate[second][order]
     experts.up[second] = experts.up[second][order]
     experts.down[second] = experts.down[second][:, order]
@@ -166,7 +166,7 @@ def align_mates(
 
 
 def pack_alone(experts: ExpertWeights, expert: int, names: Sequence[str]) -> Iterator[Packed]:
-    """Gate, up and down of an expert without a mate, which nothing changed."""
+    """The words of gate, up and down of an expert without a mate, which merging does not change."""
     for matrix, name in zip(experts.matrices(expert), names, strict=True):
         words = torch.empty(matrix.shape, dtype=torch.int16, device=matrix.device)
         for rows in _row_blocks(matrix):
@@ -183,14 +183,14 @@ def pack_members(members: Sequence[torch.Tensor], name: str) -> torch.Tensor:
 def pack_pair(
     merged: ExpertWeights, experts: ExpertWeights, pair: tuple[int, int], names: Sequence[str]
 ) -> Iterator[Packed]:
-    """Gate, up and down of `merged`, which `pair` of `experts` became."""
+    """The words of gate, up and down of `merged`, which `pair` of `experts` became."""
     matrices = zip(merged.matrices(0), merged.matrices(1), strict=True)
     for members, sources, name in zip(matrices, _sources(experts, pair), names, strict=True):
         words = pack_members(members, name)
-        yield words, compare(words, sources)
+        yield words, count_changes(words, sources)
 
 
-def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
+def count_changes(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatistics:
     """What merging two matrices changed; `sources` are theirs, in the order of neurons that `words` have."""
     statistics = MergeStatistics(elements=words.numel())
     held = []
@@ -207,7 +207,7 @@ def compare(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> MergeStatis
 def _blocks(
     sources: Sequence[torch.Tensor], by_row: torch.Tensor | None, by_column: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Some rows, the weights of both members there (2, rows, columns), and the factors of their importance."""
+    """Blocks of rows: their slice, both members' weights (2, rows, columns), and the factors of their importance."""
     for rows in _row_blocks(sources[0]):
         weights = torch.stack([source[rows] for source in sources])
         yield rows, weights, None if by_row is None else by_row[:, rows], by_column
@@ -226,7 +226,7 @@ def _squared(matrix: torch.Tensor) -> float:
 
 
 def _sources(experts: ExpertWeights, pair: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Gate, up and down of both."""
+    """The matrices of both experts: gate, up and down."""
     first, second = pair
     return zip(experts.matrices(first), experts.matrices(second), strict=True)
 

@@ -1,11 +1,12 @@
 """What two experts are expected to lose as mates, and how often they fire together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .alignment import estimate_loss
-from .layer import ExpertWeights, RoutedTokens
-from .saliency import ExpertStatistics, measure, uniform
+from .layer import ExpertWeights, LayerTokens, RoutedTokens
+from .saliency import ExpertStatistics, measure_saliency
 
 
 @dataclass(frozen=True)
@@ -20,27 +21,27 @@ class Mates:
     loss: float
     coactivation: float
 
-
-def consider(
-    experts: ExpertWeights, pairs: Sequence[tuple[int, int]], routed: RoutedTokens | None, energy: float
-) -> list[Mates]:
-    """What each of `pairs` is expected to lose, relative to `energy`, and how often both have the same token."""
-    ids = range(experts.num_experts)
-    statistics = [measure(experts, e, routed, full=False) if routed else uniform(experts, e) for e in ids]
-    return [expect(experts, pair, [statistics[expert] for expert in pair], routed, energy) for pair in pairs]
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Mates":
+        """What `dataclasses.asdict` and JSON made a mapping of."""
+        return cls(tuple(content["experts"]), content["loss"], content["coactivation"])
 
 
-def expect(
-    experts: ExpertWeights,
-    pair: tuple[int, int],
-    statistics: Sequence[ExpertStatistics],
-    routed: RoutedTokens | None,
-    energy: float,
+def estimate_pairs(experts: ExpertWeights, pairs: Sequence[tuple[int, int]], tokens: LayerTokens | None) -> list[Mates]:
+    """What to expect of each of `pairs`, in their order; without tokens every input and row counts alike."""
+    routed = None if tokens is None else tokens.routed
+    statistics = [measure_saliency(experts, expert, routed, full=False) for expert in range(experts.num_experts)]
+    return [estimate_pair(experts, pair, [statistics[expert] for expert in pair], tokens) for pair in pairs]
+
+
+def estimate_pair(
+    experts: ExpertWeights, pair: tuple[int, int], statistics: Sequence[ExpertStatistics], tokens: LayerTokens | None
 ) -> Mates:
-    """The same of one pair; `statistics` are its members'."""
-    first, second = pair
+    """What to expect of two experts as mates, given the statistics of both."""
     loss = estimate_loss(experts, pair, statistics)
-    return Mates(pair, loss / energy, _coactivation(routed, first, second) if routed else 0.0)
+    if tokens is None:
+        return Mates(pair, loss, 0.0)
+    return Mates(pair, loss / tokens.energy, _coactivation(tokens.routed, *pair))
 
 
 def _coactivation(routed: RoutedTokens, first: int, second: int) -> float:

@@ -1,8 +1,12 @@
-"""What the user chose of how experts are merged."""
+"""What was chosen of how experts are merged."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-RULES = ("paper", "saliency", "compensated")
+from ..defaults import DEFAULT_PAIRING, DEFAULT_TAU
+from .rules import RULES, Rule
+
 PAIRINGS = ("random", "loss", "coactivation")
 
 
@@ -10,23 +14,25 @@ PAIRINGS = ("random", "loss", "coactivation")
 class Recipe:
     """How mates are found and merged.
 
-    `rule` is one of RULES, `pairing` one of PAIRINGS. `tau` is read by the rule `paper` alone; `align` puts the second
-    mate's neurons in the order that merges best.
+    `pairing` is one of PAIRINGS; `align` puts the second mate's neurons in the order that merges best; `tau` is for the
+    rules that read it.
     """
 
-    rule: str
+    rule: Rule
     align: bool = False
-    pairing: str = "random"
-    tau: float = 0.4
-
-    @property
-    def compensated(self) -> bool:
-        return self.rule == "compensated"
+    pairing: str = DEFAULT_PAIRING
+    tau: float = DEFAULT_TAU
 
     def chooses(self, all_paired: bool) -> bool:
-        """Whether it takes estimates to know the pairs: not where all are drawn, nor with the paper's method whole.
+        """Whether it takes estimates to know the pairs: not where all are drawn, nor where every layer has as many.
 
-        That one gives every layer as many pairs. `all_paired` says whether no expert stays alone that could have a
-        mate.
+        `all_paired` says whether no expert stays alone that could have a mate.
         """
-        return self.pairing != "random" or not (all_paired or self.rule == "paper")
+        return self.pairing != "random" or not (all_paired or self.rule.pairs_evenly)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rule": self.rule.name, "align": self.align, "pairing": self.pairing, "tau": self.tau}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
+        return cls(RULES[content["rule"]], content["align"], content["pairing"], content["tau"])

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .layer import TOKENS_AT_ONCE, Activation, ExpertWeights, RoutedTokens
+from .layer import Activation, ExpertWeights, RoutedTokens, split_tokens
 
-# Tokens of the whole layer that stand in where an expert's own are few.
+# Tokens of the whole layer, which are used where an expert's own are few.
 _SHARED_TOKENS = 1024
 # For the slope of the activation, by central differences in float32.
 _STEP = 1e-2
@@ -20,9 +20,14 @@ InputNorms = tuple[torch.Tensor, torch.Tensor]
 """L2 norms, float32, of each input channel of gate and up (hidden_size,) and of down (intermediate_size,)."""
 
 
-def input_norms(experts: ExpertWeights, expert: int, routed: RoutedTokens) -> InputNorms:
-    """Over the tokens routed to an expert, each counting alike: the saliency of PuzzleMoE (section 3), as Wanda's."""
+def input_norms(experts: ExpertWeights, expert: int, routed: RoutedTokens | None) -> InputNorms:
+    """The norms over the tokens routed to an expert, each counting alike, as in PuzzleMoE (section 3) and Wanda.
+
+    Without tokens they are ones: the paper's rule then keeps the larger weight.
+    """
     gate = experts.gate[expert]
+    if routed is None:
+        return torch.ones(gate.shape[1], device=gate.device), torch.ones(gate.shape[0], device=gate.device)
     hidden, intermediate = (torch.zeros(size, dtype=torch.float64, device=gate.device) for size in gate.shape[::-1])
     for _, _, rows in routed.parts(expert):
         hidden += rows.float().square().sum(dim=0)
@@ -32,7 +37,7 @@ def input_norms(experts: ExpertWeights, expert: int, routed: RoutedTokens) -> In
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """One expert's, float32; sums over its tokens, so they carry how often it is used.
+    """Statistics of one expert, float32: sums over its tokens, so they grow with how often it is used.
 
     `hidden` is the sum of `w^2 x x^T` over the inputs `x` of gate and up, (hidden_size, hidden_size), or its diagonal
     (hidden_size,); `intermediate` the same of the inputs of down. `gate_rows` and `up_rows` (intermediate_size,) are
@@ -45,9 +50,9 @@ class ExpertStatistics:
     up_rows: torch.Tensor
 
     def neuron_costs(self, neurons: slice = slice(None)) -> torch.Tensor:
-        """Of a unit of squared error in each weight of each neuron: its row of gate, of up, its column of down.
+        """What a unit of squared error costs in each weight of each neuron, in units of the layer's squared output.
 
-        (num_neurons, 3 * hidden_size), in units of the layer's squared output.
+        Float32 (num_neurons, 3 * hidden_size): the neuron's row of gate, its row of up and its column of down.
         """
         hidden = self.hidden.diagonal() if self.hidden.ndim == 2 else self.hidden
         intermediate = self.intermediate.diagonal() if self.intermediate.ndim == 2 else self.intermediate
@@ -56,7 +61,7 @@ class ExpertStatistics:
         return torch.cat([gate, up, intermediate[neurons, None].expand_as(gate)], dim=1)
 
     def permuted(self, neurons: torch.Tensor) -> "ExpertStatistics":
-        """Those of the same expert with its intermediate neurons in another order, int64 (intermediate_size,)."""
+        """The statistics of the expert with its neurons in the order `neurons`, int64 (intermediate_size,)."""
         intermediate = self.intermediate[neurons]
         if intermediate.ndim == 2:
             intermediate = intermediate[:, neurons]
@@ -80,7 +85,7 @@ class _Sums:
         self.gate_rows, self.up_rows = torch.zeros(2, intermediate_size, device=self._gate.device)
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        """`rows` (n, hidden_size), `weights` w (n,), float32."""
+        """Adds tokens: `rows` (num_tokens, hidden_size) and their router weights, float32 (num_tokens,)."""
         gate, up = rows @ self._gate.to(rows.dtype).T, rows @ self._up.to(rows.dtype).T
         intermediate = self._activation(gate) * up
         w = weights[:, None]
@@ -95,7 +100,7 @@ class _Sums:
         return inputs.T @ inputs if self._full else inputs.square().sum(dim=0)
 
     def mean(self) -> list[torch.Tensor]:
-        """Per unit of `weight`: hidden, intermediate, gate_rows, up_rows."""
+        """Means of hidden, intermediate, gate_rows and up_rows, per unit of `weight`."""
         sums = (
             self.hidden,
             self.intermediate,
@@ -109,7 +114,7 @@ def _slope(activation: Activation, x: torch.Tensor) -> torch.Tensor:
     return (activation(x + _STEP) - activation(x - _STEP)) / (2 * _STEP)
 
 
-def measure(experts: ExpertWeights, expert: int, routed: RoutedTokens, full: bool) -> ExpertStatistics:
+def measure_saliency(experts: ExpertWeights, expert: int, routed: RoutedTokens | None, full: bool) -> ExpertStatistics:
     """The statistics of one expert, shrunk where its tokens are few.
 
     With n tokens of its own and d inputs a matrix, a share d / (d + n) of the moment's shape is that of the layer's
@@ -117,15 +122,18 @@ def measure(experts: ExpertWeights, expert: int, routed: RoutedTokens, full: boo
     inputs are then shrunk to the diagonal by d / (d + n) of all the layer's tokens.
 
     Args:
+        routed: the calibration tokens; None gives `uniform_statistics`.
         full: moments between inputs too, and not only of each with itself.
     """
+    if routed is None:
+        return uniform_statistics(experts, expert)
     own, shared = _Sums(experts, expert, full), _Sums(experts, expert, full)
     count = 0
     for _, weights, rows in routed.parts(expert):
         own.add(rows, weights)
         count += len(rows)
     step = max(1, len(routed) // _SHARED_TOKENS)
-    for rows in routed.hidden[::step].split(TOKENS_AT_ONCE):
+    for rows in split_tokens(routed.hidden[::step]):
         shared.add(rows, torch.ones(len(rows), device=rows.device))
     total = max(own.weight, float(routed.topk_weights.square().mean()))
     mixed = []
@@ -138,14 +146,8 @@ def measure(experts: ExpertWeights, expert: int, routed: RoutedTokens, full: boo
     return ExpertStatistics(hidden * total, intermediate * total, gate_rows, up_rows)
 
 
-def uniform_norms(experts: ExpertWeights, expert: int) -> InputNorms:
-    """Ones: the paper's rule without calibration keeps the larger weight."""
-    gate = experts.gate[expert]
-    return torch.ones(gate.shape[1], device=gate.device), torch.ones(gate.shape[0], device=gate.device)
-
-
-def uniform(experts: ExpertWeights, expert: int) -> ExpertStatistics:
-    """What is assumed without calibration: every input and every row matters alike."""
+def uniform_statistics(experts: ExpertWeights, expert: int) -> ExpertStatistics:
+    """The statistics without calibration: every input and every row matters alike."""
     gate = experts.gate[expert]
     intermediate_size, hidden_size = gate.shape
     hidden, intermediate = (torch.ones(size, device=gate.device) for size in (hidden_size, intermediate_size))

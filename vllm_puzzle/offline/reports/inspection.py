@@ -11,6 +11,7 @@ from vllm_puzzle.format import LayerSlots, Provenance, Strict, WordLayout, packe
 from ..checkpoints.manifest import MANIFEST_FILE, LayerEntry, read_manifest
 from ..checkpoints.packed import PackedCheckpoint
 from ..merging.pair import MergeStatistics
+from ..progress import Progress
 from ..wording import readable
 
 # Bounds the 64-bit temporaries of counting, whatever the size of a matrix.
@@ -54,15 +55,12 @@ class Inspection(Strict):
 
     @property
     def exponents(self) -> list[int]:
-        """Those of all layers."""
+        """The counts of all layers together."""
         return [sum(counts) for counts in zip(*(layer.exponents for layer in self.layers), strict=True)]
 
 
-def inspect_checkpoint(path: Path, progress: Callable[[int, int], None]) -> Inspection:
+def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
     """Reads every packed tensor of `path`, the three of one slot at a time.
-
-    Args:
-        progress: takes how many bytes were read since the last call, and how many there are in all.
 
     Raises:
         CheckpointError: it is not a whole packed checkpoint, or its manifest breaks the schema.
@@ -143,7 +141,7 @@ class _WordCounter:
         return counts
 
     def statistics(self, counts: torch.Tensor) -> MergeStatistics:
-        """Of the words of pairs; how far they are from their sources is not known here."""
+        """The statistics of the words of pairs, without errors: the sources are not known here."""
         first, second = self._held
         return MergeStatistics(
             elements=int(counts.sum()),

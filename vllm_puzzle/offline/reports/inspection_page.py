@@ -13,7 +13,7 @@ from .inspection_report import LAYER_COLUMNS, fact_rows, layer_row
 
 @dataclass(frozen=True)
 class _Bars:
-    """A bar chart: of each series one bar per label, None where there is nothing to show."""
+    """A bar chart: each series has one value per label, None where there is nothing to show."""
 
     title: str
     axis: str

@@ -4,7 +4,7 @@ from ..wording import size
 from .inspection import Inspection, LayerInspection
 from .tables import aligned
 
-# Of how dark a character looks; plain ASCII, so that every terminal can print it.
+# Characters from light to dark; plain ASCII, so that every terminal can print them.
 _RAMP = " .:-=+*#"
 
 _NOTES = """\
@@ -17,7 +17,7 @@ LAYER_COLUMNS = ["layer", "slots", "pairs", "shared", "kept", "estimated loss", 
 
 
 def describe_inspection(inspection: Inspection) -> str:
-    """For a terminal; ends without a newline."""
+    """The text for a terminal; ends without a newline."""
     facts = "\n".join(f"{name:<15} {value}" for name, value in fact_rows(inspection))
     rows = [layer_row(layer, inspection.has_manifest) for layer in inspection.layers]
     table = aligned([LAYER_COLUMNS, *rows]).splitlines()
@@ -29,7 +29,7 @@ def describe_inspection(inspection: Inspection) -> str:
 
 
 def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
-    """Names and values of everything that is one for the whole checkpoint."""
+    """Names and values of what holds for the whole checkpoint."""
     provenance = inspection.provenance
     calibration = "none (weights' magnitudes alone)"
     if provenance.calibration is not None:
@@ -42,7 +42,7 @@ def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
         (
             "experts",
             f"{inspection.num_experts} of 3 x {inspection.intermediate_size} x {inspection.hidden_size} a layer, "
-            f"mates within {inspection.max_expert_parallel} block(s)",
+            f"mates within {inspection.max_expert_parallel} group(s)",
         ),
         ("size", f"{size(inspection.packed_bytes)} packed of {size(inspection.total_bytes)}"),
         ("rule", provenance.rule if provenance.tau is None else f"{provenance.rule}, tau {provenance.tau:g}"),

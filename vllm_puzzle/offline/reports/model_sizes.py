@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +13,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 
 from vllm_puzzle.format import INDEX_FILE
 
-from ..checkpoints.checkpoint import read_weight_map
-from ..checkpoints.dense import check_dense
+from ..checkpoints.checkpoint import HUB_ID, read_weight_map
+from ..checkpoints.dense import build_model, check_dense
 from ..checkpoints.expert_tensors import check_experts, expected_experts, layer_names
 from ..checkpoints.families import MoEShape, find_moe_shape
 from ..checkpoints.fp8 import SCALE_SUFFIX, block_size, scaled_bytes
 from ..checkpoints.model_config import read_config, read_json
 from ..checkpoints.source import SourceCheckpoint
 from ..errors import CheckpointError
-
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ class ModelSizes:
 
 
 def read_model_sizes(model: str) -> ModelSizes:
-    """Of a folder, or of a hub id `org/name` where there is no such folder.
+    """The sizes of a model in a folder, or on the hub as `org/name` where there is no such folder.
 
-    A folder needs config.json and either every shard or the index alone. Of a hub id those two files are fetched.
+    A folder needs config.json and either every shard or the index alone. From the hub those two files are fetched.
 
     Raises:
         CheckpointError: neither folder nor hub id, the hub cannot be reached, or not a model that can be packed.
@@ -65,7 +62,7 @@ def read_model_sizes(model: str) -> ModelSizes:
             return _from_index(model, index, set(weight_map), config, shape, block)
     checkpoint = SourceCheckpoint(directory)
     check_experts(checkpoint, shape)
-    check_dense(checkpoint.shapes, config, shape, model, "download the checkpoint again")
+    check_dense(checkpoint.shapes, build_model(config), shape, model, "download the checkpoint again")
     experts = [checkpoint.tensors[name] for name in expected_experts(shape)]
     expert_bytes, plain = sum(each.num_bytes for each in experts), sum(each.plain_bytes for each in experts)
     other_bytes, plain_other = checkpoint.num_bytes - expert_bytes, checkpoint.plain_bytes - plain
@@ -86,7 +83,8 @@ def _from_index(
             f"{index} lacks {len(lacking)} of {len(experts)} expert tensors that config.json implies, the first is "
             f"{lacking[0]}; the two are not of one checkpoint, so copy or download both again"
         )
-    check_dense({shape.hub_name(name): None for name in names}, config, shape, index, "download it again")
+    on_hub = dict.fromkeys(shape.hub_name(name) for name in names)
+    check_dense(on_hub, build_model(config), shape, index, "download it again")
     dtype: torch.dtype = config.dtype or torch.bfloat16
     plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
     fp8 = {name.removesuffix(SCALE_SUFFIX) for name in names if name.endswith(SCALE_SUFFIX)} if block else set()
@@ -121,7 +119,7 @@ def _fused_experts(names: set[str], shape: MoEShape) -> set[str]:
 
 def _fetch(model: str) -> Path:
     """The folder of the hub's cache that config.json and the index of `model` are in."""
-    if not _HUB_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model} does not exist; give the folder of a checkpoint or a hub id like org/name")
     # It warns of every retry, and whoever has no network is told so once, below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -139,7 +137,7 @@ def _fetch(model: str) -> Path:
             f"{INDEX_FILE} (no network, or HF_HUB_OFFLINE is set); give the folder of a checkpoint"
         ) from None
     except Exception as error:
-        # Of its HTTP library's errors the hub's client lets some through, and that library changes with its version.
+        # The hub's client lets some errors of its HTTP library through, which changes with its version.
         raise CheckpointError(
             f"{model} is not a folder here, and the Hugging Face hub does not give its config.json and {INDEX_FILE}: "
             f"{_flat(error)}"

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_puzzle.format import WORD16, Strict, default_max_expert_parallel
+from vllm_puzzle.format import WORD16, Strict
 
 from ..checkpoints.families import MoEShape
-from ..conversion.estimate import Estimate, Speed, Work, estimate
-from ..conversion.options import ConvertOptions, choose_recipe
-from ..conversion.pairing import count_pairs, most_pairs, pair_budget
+from ..conversion.estimate import Estimate, Speed, choose_recipe, estimate_conversion
+from ..conversion.options import ConvertOptions
+from ..conversion.pairing import PairBudget, budget_pairs
+from ..conversion.work import Work
 from ..defaults import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
 from ..errors import CheckpointError
 from ..wording import readable
@@ -85,10 +86,10 @@ class Sizing(Strict):
     conversions: list[Conversion]
 
 
-def size_up(
+def size_model(
     sizes: ModelSizes, compression: float, context: int | None, gpu_memory_utilization: float, speed: Speed
 ) -> Sizing:
-    """Everything that `Sizing` tells; `context` None is the longest that the model was made for.
+    """The sizing of a model; `context` None is the longest that the model was made for.
 
     Raises:
         CheckpointError: an option is outside its range.
@@ -101,12 +102,12 @@ def size_up(
         raise CheckpointError(f"--context {context} is not at least 1")
     if not 0 < gpu_memory_utilization <= 1:
         raise CheckpointError(f"--gpu-memory-utilization {gpu_memory_utilization:g} is not above 0 and at most 1")
-    pairs, all_paired = total_pairs(shape, compression)
-    slots = shape.num_experts * len(shape.moe_layers) - pairs
+    budget = budget_pairs(shape.num_experts, len(shape.moe_layers), compression)
+    slots = shape.num_experts * len(shape.moe_layers) - budget.total
     expert_bytes_after = slots * _expert_weights(shape) * WORD16.bits // 8
     before, after = sizes.expert_bytes + sizes.other_bytes, expert_bytes_after + sizes.plain_other_bytes
     # A pair stays on one rank for as many ranks as this.
-    packed_ranks = default_max_expert_parallel(shape.num_experts)
+    packed_ranks = budget.max_expert_parallel
     cards = [
         CardFit(
             card=card,
@@ -127,7 +128,7 @@ def size_up(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         compression=compression,
-        pairs=pairs,
+        pairs=budget.total,
         expert_bytes_before=sizes.expert_bytes,
         expert_bytes_after=expert_bytes_after,
         other_bytes_before=sizes.other_bytes,
@@ -139,25 +140,12 @@ def size_up(
         kv_bytes_of_context=context * kv_bytes_per_token(config),
         gpu_memory_utilization=gpu_memory_utilization,
         cards=cards,
-        conversions=_conversions(sizes, compression, pairs, all_paired, speed),
+        conversions=_estimate_conversions(sizes, compression, budget, speed),
     )
 
 
-def total_pairs(shape: MoEShape, compression: float) -> tuple[int, bool]:
-    """How many pairs the converter makes with its defaults, in all layers, and whether there can be no more.
-
-    Raises:
-        CheckpointError: the experts do not divide into that many.
-    """
-    ranks = default_max_expert_parallel(shape.num_experts)
-    pairs, layers = count_pairs(shape.num_experts, compression, ranks), len(shape.moe_layers)
-    if pairs == most_pairs(shape.num_experts, ranks):
-        return pairs * layers, True
-    return pair_budget(shape.num_experts, layers, compression), False
-
-
 def kv_bytes_per_token(config: Any, ranks: int = 1) -> int:
-    """Of one token in all layers, BF16, on one of `ranks` tensor-parallel ranks.
+    """The bytes of one token's KV cache in all layers, BF16, on one of `ranks` tensor-parallel ranks.
 
     Attention is taken to be full in every layer: sliding windows need less.
     """
@@ -171,11 +159,11 @@ def kv_bytes_per_token(config: Any, ranks: int = 1) -> int:
     return config.num_hidden_layers * values * _KV_BYTES
 
 
-def splits(config: Any, shape: MoEShape, ranks: int, expert_ranks: int) -> bool:
+def can_split(config: Any, shape: MoEShape, ranks: int, expert_ranks: int) -> bool:
     """Whether vLLM can split the model over `ranks`: attention by heads, experts by their rows or whole.
 
     Args:
-        expert_ranks: what `ranks` has to divide for whole experts.
+        expert_ranks: what `ranks` has to divide where ranks hold whole experts.
     """
     kv_heads = _kv_heads(config)
     return (
@@ -193,35 +181,40 @@ def _fit(
     while cards <= config.num_attention_heads:
         left = usable_mib * (1 << 20) - weight_bytes / cards
         tokens = int(left // kv_bytes_per_token(config, cards))
-        if tokens >= context and splits(config, shape, cards, expert_ranks):
+        if tokens >= context and can_split(config, shape, cards, expert_ranks):
             return Fit(cards=cards, kv_gib=cards * left / GIB, kv_tokens=tokens)
         cards *= 2
     return None
 
 
-def _conversions(sizes: ModelSizes, compression: float, pairs: int, all_paired: bool, speed: Speed) -> list[Conversion]:
+def work_of(sizes: ModelSizes, budget: PairBudget, calibrated: bool) -> Work:
+    """What there is to convert, as far as sizes tell; `calibrated` on as long a text as the converter reads."""
     config, shape = sizes.config, sizes.shape
     weights = shape.num_experts * len(shape.moe_layers) * _expert_weights(shape)
     bytes_per_weight = sizes.plain_expert_bytes / weights
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     dense_weights = max(0, int(sizes.plain_other_bytes / bytes_per_weight) - embeddings)
     layer_weights = weights / len(shape.moe_layers) + dense_weights / shape.num_hidden_layers
+    return Work(
+        shape,
+        pairs=budget.total,
+        all_paired=budget.all_paired,
+        num_tokens=DEFAULT_SEQUENCES * min(SEQUENCE_LENGTH, config.max_position_embeddings) if calibrated else 0,
+        top_k=config.num_experts_per_tok,
+        layer_bytes=int(layer_weights * bytes_per_weight),
+        dense_weights=dense_weights,
+    )
+
+
+def _estimate_conversions(sizes: ModelSizes, compression: float, budget: PairBudget, speed: Speed) -> list[Conversion]:
     conversions = []
     # Only whether there is a text matters here.
     for text in (Path("text"), None):
-        work = Work(
-            shape,
-            pairs=pairs,
-            all_paired=all_paired,
-            num_tokens=DEFAULT_SEQUENCES * min(SEQUENCE_LENGTH, config.max_position_embeddings) if text else 0,
-            top_k=config.num_experts_per_tok,
-            layer_bytes=int(layer_weights * bytes_per_weight),
-            dense_weights=dense_weights,
-        )
+        work = work_of(sizes, budget, calibrated=text is not None)
         recipes = ConvertOptions(calibration=text, compression=compression).recipes()
-        recipe, cost = choose_recipe([(recipe, estimate(recipe, work, speed)) for recipe in recipes])
+        recipe, cost = choose_recipe([(recipe, estimate_conversion(recipe, work, speed)) for recipe in recipes])
         conversions.append(
-            Conversion(calibration_tokens=work.num_tokens, rule=recipe.rule, align=recipe.align, estimate=cost)
+            Conversion(calibration_tokens=work.num_tokens, rule=recipe.rule.name, align=recipe.align, estimate=cost)
         )
     return conversions
 

@@ -27,7 +27,7 @@ _READ_FROM = {"headers": "the tensors' headers", "index": "the index's total and
 
 
 def describe_sizing(sizing: Sizing) -> str:
-    """The same numbers as the model holds, for a terminal; ends without a newline."""
+    """The text for a terminal; ends without a newline."""
     sizes = [
         ["size", "as it is", "packed", ""],
         _sizes_row("routed experts", sizing.expert_bytes_before, sizing.expert_bytes_after),

@@ -2,50 +2,31 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.offline.faulty import edit_tensors
 from tests.offline.small import NUM_EXPERTS as NUM_SMALL_EXPERTS
 from tests.offline.small import small_experts, small_tokens
-from tests.offline.test_calibration import run_whole_model
+from tests.offline.whole_model import run_whole_model
 from tests.tiny import NUM_EXPERTS, NUM_LAYERS, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import LayerSlots, PuzzleMoEQuantizationConfig
-from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
-from vllm_puzzle.offline.checkpoints.families import find_moe_shape
-from vllm_puzzle.offline.conversion.calibration import read_calibration
+from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
+from vllm_puzzle.offline.conversion.calibration_text import read_calibration_text
+from vllm_puzzle.offline.conversion.calibration_walk import CalibrationWalk
 from vllm_puzzle.offline.conversion.convert import convert
 from vllm_puzzle.offline.conversion.options import ConvertOptions
-from vllm_puzzle.offline.conversion.pairing import candidates
-from vllm_puzzle.offline.merging.layer import RoutedTokens
-from vllm_puzzle.offline.merging.merge_layer import MergedLayer, merge_layer
-from vllm_puzzle.offline.merging.pair_loss import Mates, consider
+from vllm_puzzle.offline.conversion.pairing import list_candidates
+from vllm_puzzle.offline.merging.layer import LayerTokens
+from vllm_puzzle.offline.merging.pair_loss import estimate_pairs
 
 BLOCK = "model.layers.{layer}.block_sparse_moe"
 SALIENCY = ["--rule", "saliency", "--no-align"]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return build_tiny("mixtral", tmp_path / "source")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text"
-    path.write_text("".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(60)))
-    return path
-
-
-def edit(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(source / "model.safetensors")
-    change(tensors)
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
 
 
 def converted(source: Path, packed: Path, *options: str) -> list[LayerSlots]:
@@ -94,7 +75,7 @@ def test_experts_that_would_lose_most_stay_alone(source: Path, tmp_path: Path, r
             for expert in experts:
                 tensors[f"{BLOCK.format(layer=layer)}.experts.{expert}.w2.weight"] *= 30
 
-    edit(source, make_sensitive)
+    edit_tensors(source, make_sensitive)
     # Six pairs; the two sensitive experts of layer 1 lie in different blocks.
     layers = converted(source, tmp_path / "packed", *recipe, "--compression", "25", "--max-expert-parallel", "2")
     assert [slots.pairs for slots in layers] == [4, 2, 0]
@@ -106,7 +87,7 @@ def test_as_published_every_layer_has_as_many_pairs(source: Path, tmp_path: Path
         for expert in range(NUM_EXPERTS):
             tensors[f"{BLOCK.format(layer=2)}.experts.{expert}.w2.weight"] *= 30
 
-    edit(source, make_sensitive)
+    edit_tensors(source, make_sensitive)
     layers = converted(source, tmp_path / "packed", "--rule", "paper", "--compression", "25")
     assert [slots.pairs for slots in layers] == [2, 2, 2]
 
@@ -136,7 +117,7 @@ def test_calibration_finds_mates_that_no_token_would_miss(source: Path, tmp_path
             router[[1, 6]] = -router[[0, 5]]
             router[list(idle)] = 0
 
-    edit(source, make_idle)
+    edit_tensors(source, make_idle)
     options = ["--pairing", "loss", "--max-expert-parallel", "1", *SALIENCY]
     layers = converted(source, tmp_path / "packed", "--calibration", str(text), *options)
     blind = converted(source, tmp_path / "blind", *options)
@@ -159,7 +140,7 @@ def fire_together(tensors: dict[str, torch.Tensor]) -> None:
 def test_experts_that_fire_together_become_mates(
     source: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit(source, fire_together)
+    edit_tensors(source, fire_together)
     options = ["--calibration", str(text), "--max-expert-parallel", "1", *SALIENCY]
     layers = converted(source, tmp_path / "packed", *options, "--pairing", "coactivation")
     said = capsys.readouterr().err
@@ -184,7 +165,7 @@ def test_experts_that_fire_together_become_mates(
 
 
 def test_mates_that_fire_together_still_stay_in_one_block(source: Path, tmp_path: Path, text: Path) -> None:
-    edit(source, fire_together)
+    edit_tensors(source, fire_together)
     options = ["--calibration", str(text), *SALIENCY, "--pairing", "coactivation"]
     for slots in converted(source, tmp_path / "packed", *options, "--max-expert-parallel", "2"):
         assert slots.pairs == 4
@@ -213,14 +194,14 @@ def test_the_card_has_what_was_estimated_of_each_layer(source: Path, tmp_path: P
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\S+) \| (\S+)% \|", card, re.MULTILINE)
     assert [(int(layer), int(pairs)) for layer, pairs, *_ in rows] == [(slots.layer, slots.pairs) for slots in layers]
     assert all(float(loss) > 0 and 0 <= float(together) <= 100 for _, _, loss, together in rows)
-    assert "| pairing | loss, inside 2 block(s) of 4 experts, seed 0 |" in card
+    assert "| pairing | loss, within 2 group(s) of 4 experts, seed 0 |" in card
     assert "| rule | `saliency` |" in card
 
 
 def test_what_is_expected_of_mates_is_what_their_tokens_say() -> None:
     experts, routed = small_experts(), small_tokens(80, idle=[3])
-    pairs = candidates(NUM_SMALL_EXPERTS, 1)
-    considered = {each.experts: each for each in consider(experts, pairs, routed, 1.0)}
+    pairs = list_candidates(NUM_SMALL_EXPERTS, 1)
+    considered = {each.experts: each for each in estimate_pairs(experts, pairs, LayerTokens(routed, 1.0))}
     assert set(considered) == set(pairs)
     chosen = [set(ids) for ids in routed.topk_ids.tolist()]
     for first, second in pairs:
@@ -229,43 +210,44 @@ def test_what_is_expected_of_mates_is_what_their_tokens_say() -> None:
         assert considered[first, second].coactivation == pytest.approx(both / either)
     merged = {pair: each.loss for pair, each in considered.items()}
     # Four times the energy that norms divide by, a quarter of the loss; and twice the weights, four times.
-    assert consider(experts, pairs, routed, 4.0)[0].loss == pytest.approx(merged[pairs[0]] / 4)
+    assert estimate_pairs(experts, pairs, LayerTokens(routed, 4.0))[0].loss == pytest.approx(merged[pairs[0]] / 4)
     experts.down = [matrix * 2 for matrix in experts.down]
-    assert consider(experts, pairs, routed, 1.0)[0].loss == pytest.approx(merged[pairs[0]] * 4)
+    assert estimate_pairs(experts, pairs, LayerTokens(routed, 1.0))[0].loss == pytest.approx(merged[pairs[0]] * 4)
 
 
 def test_without_tokens_nothing_is_known_of_who_fires_together() -> None:
-    considered = consider(small_experts(), [(0, 1), (2, 3)], None, 1.0)
+    considered = estimate_pairs(small_experts(), [(0, 1), (2, 3)], None)
     assert [each.coactivation for each in considered] == [0.0, 0.0]
     assert all(each.loss > 0 for each in considered)
 
 
-def test_planning_sees_the_tokens_that_merging_sees(
+def test_pairs_are_chosen_by_the_tokens_that_merging_sees(
     source: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both run them through the source model, whatever was merged before."""
-    planned: list[tuple[RoutedTokens, float]] = []
-    merged: list[RoutedTokens] = []
+    seen: list[LayerTokens] = []
+    enter = CalibrationWalk.enter
 
-    def record_plan(*arguments: Any) -> list[Mates]:
-        planned.append(arguments[2:])
-        return consider(*arguments)
+    def record(*arguments: Any) -> LayerTokens | None:
+        tokens = enter(*arguments)
+        assert tokens is not None
+        seen.append(tokens)
+        return tokens
 
-    def record_merging(*arguments: Any, **named: Any) -> MergedLayer:
-        merged.append(arguments[6])
-        return merge_layer(*arguments, **named)
-
-    monkeypatch.setattr("vllm_puzzle.offline.conversion.choose_pairs.consider", record_plan)
-    monkeypatch.setattr("vllm_puzzle.offline.conversion.units.merge_layer", record_merging)
+    monkeypatch.setattr(CalibrationWalk, "enter", record)
     converted(source, tmp_path / "packed", "--calibration", str(text), *SALIENCY, "--pairing", "loss")
-    checkpoint = Checkpoint(source)
-    token_ids, _ = read_calibration(text, checkpoint, checkpoint.config, 128)
-    whole = run_whole_model(source, token_ids, find_moe_shape(checkpoint.config, "m"))
-    for (routed, energy), again, leaving in zip(planned, merged, whole.leaving, strict=True):
-        assert torch.equal(routed.hidden, again.hidden)
-        assert torch.equal(routed.topk_ids, again.topk_ids)
+    checkpoint = SourceCheckpoint(source)
+    read = read_calibration_text(text, checkpoint, checkpoint.config, 128)
+    whole = run_whole_model(source, read.token_ids, checkpoint.shape)
+    chosen, merged = seen[:NUM_LAYERS], seen[NUM_LAYERS:]
+    for tokens, again, leaving in zip(chosen, merged, whole.leaving, strict=True):
+        assert torch.equal(tokens.routed.hidden, again.routed.hidden)
+        assert torch.equal(tokens.routed.topk_ids, again.routed.topk_ids)
         # What the next norm divides by, after the layer.
-        assert energy == pytest.approx(len(leaving) / float((1 / leaving.float().square().sum(dim=1)).mean()), rel=0.1)
+        assert tokens.energy == again.energy
+        assert tokens.energy == pytest.approx(
+            len(leaving) / float((1 / leaving.float().square().sum(dim=1)).mean()), rel=0.1
+        )
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -1,0 +1,81 @@
+"""Everything that is found out about a conversion before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from ..checkpoints.dense import build_model, check_dense
+from ..checkpoints.destination import check_room
+from ..checkpoints.expert_tensors import check_experts
+from ..checkpoints.source import SourceCheckpoint
+from ..merging.packing import LIBRARY_PATH, is_compiled
+from ..progress import Report
+from .calibration import Calibrator
+from .calibration_text import CalibrationText, read_calibration_text
+from .job import Setup, names_by_layer
+from .options import ConvertOptions
+from .pairing import budget_pairs
+
+
+def prepare(source: Path, new_destination: Path | None, options: ConvertOptions, report: Report) -> Setup:
+    """Checks `source`, and reads the calibration text.
+
+    Args:
+        new_destination: needs room for a whole checkpoint; None where a conversion is resumed.
+
+    Raises:
+        CheckpointError: an option, the source or the calibration text is at fault, or there is no room.
+    """
+    checkpoint = SourceCheckpoint(source)
+    config, shape = checkpoint.config, checkpoint.shape
+    check_experts(checkpoint, shape)
+    model = build_model(config)
+    check_dense(checkpoint.shapes, model, shape, source, "download the checkpoint again")
+    device = options.torch_device()
+    _report_uncompiled(device, report)
+    budget = budget_pairs(shape.num_experts, len(shape.moe_layers), options.compression, options.max_expert_parallel)
+    if new_destination is not None:
+        check_room(new_destination, checkpoint.plain_bytes)
+    text = _read_text(checkpoint, config, options, report)
+    return Setup(
+        checkpoint,
+        names_by_layer(checkpoint, shape),
+        ACT2FN[config.hidden_act],
+        device,
+        options,
+        budget,
+        None if text is None else text.record,
+        None if text is None else _make_calibrator(checkpoint, model, text, device, report),
+    )
+
+
+def _report_uncompiled(device: torch.device, report: Report) -> None:
+    if device.type == "cpu" and not is_compiled():
+        report(
+            f"{LIBRARY_PATH.name} was not compiled when vllm-puzzle was installed (it takes Linux on x86-64 and g++): "
+            f"torch merges instead, and converting takes nearly twice as long"
+        )
+
+
+def _read_text(
+    checkpoint: SourceCheckpoint, config: PretrainedConfig, options: ConvertOptions, report: Report
+) -> CalibrationText | None:
+    if options.calibration is None:
+        report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
+        return None
+    return read_calibration_text(options.calibration, checkpoint, config, options.calibration_sequences)
+
+
+def _make_calibrator(
+    checkpoint: SourceCheckpoint, model: Any, text: CalibrationText, device: torch.device, report: Report
+) -> Calibrator:
+    calibrator = Calibrator(checkpoint, model, text.token_ids, device)
+    if calibrator.left_out:
+        report(
+            f"calibration leaves out {len(calibrator.left_out)} tensors that transformers' own model has no place "
+            f"for, the first is {calibrator.left_out[0]}; they are copied, and vLLM may refuse them"
+        )
+    return calibrator
