@@ -3,7 +3,7 @@
     python -m benchmarks.convert --json FILE
 
 The source's layers have the experts of Mixtral-8x7B. Rates are of whole commands, start-up included, from files that
-are not in the page cache to files on the disk; beside them stands a plain copy of the source. Takes room for three
+are not in the page cache to files on the disk, and so is that of a plain copy of the source. Takes room for three
 times the source and, after that, for twice the layers.
 """
 
@@ -21,18 +21,18 @@ from benchmarks.convert.disks import small_disk
 from benchmarks.convert.fuzz import fuzz
 from benchmarks.convert.kills import kill_and_resume
 from benchmarks.convert.measure import Run, convert, convert_unbroken, copy
-from benchmarks.convert.source import Shape, write_source
+from benchmarks.convert.source import MixtralSizes, write_source
 
 LAYERS = 5
-SMALL = Shape(num_hidden_layers=12, hidden_size=1024, intermediate_size=2048)
+SMALL = MixtralSizes(num_hidden_layers=12, hidden_size=1024, intermediate_size=2048)
 KILLS = 20
 FUZZED_FILES = 2000
 ROUNDS = 3
 
 
-def measure_rates(work: Path, shape: Shape, rounds: int) -> dict[str, object]:
+def measure_rates(work: Path, sizes: MixtralSizes, rounds: int) -> dict[str, object]:
     """Copies and conversions by two processes and by one, interleaved; medians over the rounds."""
-    source_bytes = write_source(work / "source", shape)
+    source_bytes = write_source(work / "source", sizes)
     copies: list[float] = []
     runs: dict[int, list[Run]] = {2: [], 1: []}
     for _ in range(rounds):
@@ -54,8 +54,8 @@ def measure_rates(work: Path, shape: Shape, rounds: int) -> dict[str, object]:
 
     return {
         "source_bytes": source_bytes,
-        "layers": shape.num_hidden_layers,
-        "layer_expert_bytes": shape.layer_expert_bytes,
+        "layers": sizes.num_hidden_layers,
+        "layer_expert_bytes": sizes.layer_expert_bytes,
         "copy_gb_per_s": source_bytes / statistics.median(copies) / 1e9,
         "copy_seconds": copies,
         **describe(2),
@@ -63,15 +63,15 @@ def measure_rates(work: Path, shape: Shape, rounds: int) -> dict[str, object]:
     }
 
 
-def measure_growth(work: Path, shape: Shape) -> dict[str, object]:
+def measure_growth(work: Path, sizes: MixtralSizes) -> dict[str, object]:
     """The most memory for a source with twice the layers."""
-    write_source(work / "source", shape)
+    write_source(work / "source", sizes)
     run = convert(work / "source", work / "packed", 1)
-    return {"layers": shape.num_hidden_layers, "peak_rss_bytes": run.peak_rss_bytes, "seconds": run.seconds}
+    return {"layers": sizes.num_hidden_layers, "peak_rss_bytes": run.peak_rss_bytes, "seconds": run.seconds}
 
 
 def _tell(result: dict[str, object]) -> dict[str, object]:
-    # Each part takes minutes: whoever stops the run keeps those before.
+    # Each part takes minutes: a run that is stopped has printed the parts before.
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
 
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     try:
-        result = measure_rates(args.work, Shape(LAYERS, 4096, 14336), ROUNDS)
+        result = measure_rates(args.work, MixtralSizes(LAYERS, 4096, 14336), ROUNDS)
         _tell(result)
-        result["twice_the_layers"] = _tell(measure_growth(args.work, Shape(2 * LAYERS, 4096, 14336)))
+        result["twice_the_layers"] = _tell(measure_growth(args.work, MixtralSizes(2 * LAYERS, 4096, 14336)))
         source = args.work / "source"
         write_source(source, SMALL)
         whole = convert_unbroken(source, args.work / "whole")

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convert.source import Shape, write_source
+from benchmarks.convert.source import MixtralSizes, write_source
 from vllm_puzzle.format import INDEX_FILE
 from vllm_puzzle.offline.conversion.convert import convert
 from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.verify import verify
 
-_SHAPE = Shape(num_hidden_layers=2, hidden_size=64, intermediate_size=32, num_local_experts=4)
+_SIZES = MixtralSizes(num_hidden_layers=2, hidden_size=64, intermediate_size=32, num_local_experts=4)
 _SHARD_SIZE = 80_000
 
 
@@ -27,7 +27,7 @@ def fuzz(work: Path, count: int, seed: int) -> dict[str, object]:
     """
     generator = random.Random(seed)
     source, packed = work / "source", work / "packed"
-    write_source(source, _SHAPE, _SHARD_SIZE)
+    write_source(source, _SIZES, _SHARD_SIZE)
     names = sorted(file.name for file in source.glob("*.safetensors"))
     originals = {name: (source / name).read_bytes() for name in [*names, INDEX_FILE]}
     refused = converted = 0

@@ -1,4 +1,4 @@
-"""A conversion that is killed again and again, at random points, and gone on with."""
+"""A conversion that is killed at random points and resumed, again and again."""
 
 import random
 import shutil

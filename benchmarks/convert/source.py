@@ -17,8 +17,8 @@ _PROJECTIONS = ("w1", "w2", "w3")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a Mixtral; attention and embeddings are as small as they may be, so that experts are nearly all of it."""
+class MixtralSizes:
+    """The sizes of a Mixtral whose attention and embeddings are as small as possible: nearly all of it is experts."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -70,11 +70,14 @@ class Shape:
         yield "lm_head.weight", (256, hidden)
 
 
-def write_source(path: Path, shape: Shape, shard_size: int = DEFAULT_SHARD_SIZE) -> int:
-    """Writes one; answers the bytes of its tensors. Every matrix is the same random numbers from another start on."""
+def write_source(path: Path, sizes: MixtralSizes, shard_size: int = DEFAULT_SHARD_SIZE) -> int:
+    """Writes a checkpoint to the folder `path` and returns the bytes of its tensors.
+
+    Every matrix is the same random numbers from another start on.
+    """
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    tensors = [TensorLayout(name, "BF16", size, 2 * math.prod(size)) for name, size in shape.tensors()]
+    tensors = [TensorLayout(name, "BF16", size, 2 * math.prod(size)) for name, size in sizes.tensors()]
     longest = max(tensor.num_bytes for tensor in tensors) // 2
     generator = torch.Generator().manual_seed(0)
     numbers = torch.empty(longest + len(tensors), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
@@ -84,5 +87,5 @@ def write_source(path: Path, shape: Shape, shard_size: int = DEFAULT_SHARD_SIZE)
             file.write(tensor.name, numbers[start : start + tensor.num_bytes // 2].view(tensor.shape))
     writer = CheckpointWriter(path)
     writer.add_index(shards)
-    (path / "config.json").write_text(json.dumps(shape.config), encoding="utf-8")
+    (path / "config.json").write_text(json.dumps(sizes.config), encoding="utf-8")
     return sum(tensor.num_bytes for tensor in tensors)

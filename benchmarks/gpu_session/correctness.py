@@ -12,7 +12,7 @@ from vllm_puzzle.kernels.triton.configs import Config
 from vllm_puzzle.kernels.triton.moe import triton_moe
 from vllm_puzzle.tuning.card import Card
 from vllm_puzzle.tuning.layer import PackedLayer, draw, relative_difference
-from vllm_puzzle.tuning.shape import MoEShape
+from vllm_puzzle.tuning.shape import LayerShape
 
 Say = Callable[..., None]
 Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -25,7 +25,7 @@ INTERPRETED = 2
 class CheckedLayer:
     """A layer of pairs and singles in a random order, and calls of it with ids of -1, whose router weights are NaN."""
 
-    def __init__(self, shape: MoEShape, device: torch.device) -> None:
+    def __init__(self, shape: LayerShape, device: torch.device) -> None:
         self._shape, self._device = shape, device
         self._generator = torch.Generator().manual_seed(0)
         order = torch.randperm(shape.num_experts, generator=self._generator).tolist()
@@ -77,7 +77,7 @@ def check_all(card: Card, workload: Workload, say: Say, engine: Callable[..., to
 
 def _check(
     card: Card,
-    shape: MoEShape,
+    shape: LayerShape,
     arguments: Arguments,
     dtype: str,
     cut: Cut,
@@ -108,7 +108,7 @@ def _check(
     )
 
 
-def run_watched(card: Card, shapes: tuple[MoEShape, ...], all_tokens: tuple[int, ...], say: Say) -> None:
+def run_watched(card: Card, shapes: tuple[LayerShape, ...], all_tokens: tuple[int, ...], say: Say) -> None:
     """A few calls for tools that watch every instruction, or a single kernel."""
     for shape in shapes:
         layer = PackedLayer(shape, card.device)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn.functional import silu
 
-from benchmarks.gpu_engines import FP8_BLOCK, Engine, fp8_blocks, plain_experts
+from benchmarks.gpu_moe.peers import FP8_BLOCK, Engine, fp8_blocks, plain_experts
 from vllm_puzzle.tuning.layer import PackedLayer
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""Triton's interpreter on a CPU in the card's place, with a clock that says nothing of a card."""
+"""Triton's interpreter on a CPU in place of a card; its times say nothing about a card."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ class FakeCard(Card):
         return replay, outputs
 
     def times(self, works: Iterable[Callable[[], object]], before: Callable[[], object] | None = None) -> list[float]:
-        """The first is timed, and stands for all: an interpreter's time is worth no second look."""
+        """The first is timed, and its time is returned for all: an interpreter's times need no median."""
         works = list(works)
         begin = time.perf_counter()
         works[0]()

@@ -26,7 +26,7 @@ DEVICES = ("NVIDIA_H100_80GB_HBM3", "NVIDIA_H200")
 
 
 class PeerError(Exception):
-    """What is to be gathered is not there."""
+    """Something that should be gathered is not there."""
 
 
 def read(source: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:

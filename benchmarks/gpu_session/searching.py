@@ -6,7 +6,7 @@ from benchmarks.gpu_session.plan import Options
 from benchmarks.gpu_session.workload import DTYPES, Workload
 from vllm_puzzle.tuning.card import Card
 from vllm_puzzle.tuning.search import Found
-from vllm_puzzle.tuning.tuner import tune
+from vllm_puzzle.tuning.tuner import TuneRequest, tune
 
 
 def tune_first(card: Card, workload: Workload, options: Options, seconds: float, say: Callable[..., None]) -> None:
@@ -28,7 +28,6 @@ def tune_first(card: Card, workload: Workload, options: Options, seconds: float,
 
     folder, shape = options.out / "tiles", workload.shapes[0]
     on_a_card = card.device.type == "cuda"
-    tuned = tune(
-        card, shape, workload.tuned_tokens, DTYPES[0], folder, seconds, options.jobs, report, compile_ahead=on_a_card
-    )
+    request = TuneRequest(shape, workload.tuned_tokens, DTYPES[0], seconds)
+    tuned = tune(card, request, folder, options.jobs, report, compile_ahead=on_a_card)
     say(what="tiles", shape=shape.name, file=tuned.path.name, tokens=list(tuned.found))

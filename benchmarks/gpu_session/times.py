@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_engines import Engine, bytes_moved
+from benchmarks.gpu_moe.peers import Engine, bytes_moved
 from benchmarks.gpu_session.engines import engines, sorts_by_library
 from benchmarks.gpu_session.workload import Workload
 from vllm_puzzle.kernels import REFERENCE
 from vllm_puzzle.tuning.card import Card
 from vllm_puzzle.tuning.layer import PackedLayer, draw, relative_difference
-from vllm_puzzle.tuning.shape import MoEShape
+from vllm_puzzle.tuning.shape import LayerShape
 
 Say = Callable[..., None]
 
@@ -26,7 +26,7 @@ BY_KERNEL = (1, 16, 64, 1024)
 FP8_CAPABILITY = (8, 9)
 
 
-def time_shape(card: Card, workload: Workload, shape: MoEShape, peer: bool, say: Say) -> None:
+def time_shape(card: Card, workload: Workload, shape: LayerShape, peer: bool, say: Say) -> None:
     """A line for every number of tokens, routing and engine; times are microseconds of a call, GB are 10^9 bytes."""
     fp8 = card.device.type == "cuda" and torch.cuda.get_device_capability() >= FP8_CAPABILITY
     layer = PackedLayer(shape, card.device)
@@ -42,7 +42,7 @@ def time_shape(card: Card, workload: Workload, shape: MoEShape, peer: bool, say:
 
 
 def _time_call(
-    card: Card, shape: MoEShape, layer: PackedLayer, ready: list[Engine], num_tokens: int, routing: str, say: Say
+    card: Card, shape: LayerShape, layer: PackedLayer, ready: list[Engine], num_tokens: int, routing: str, say: Say
 ) -> None:
     calls = min(card.most_calls, 8 if num_tokens <= 64 else 4 if num_tokens <= 1024 else 2)
     rounds = 15 if num_tokens <= 1024 else 5

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from benchmarks.shapes import DEEPSEEK_V3_QUARTER, MIXTRAL_8X7B, QWEN3_30B_A3B
 from vllm_puzzle.tuning.gpu import Gpu
-from vllm_puzzle.tuning.shape import MoEShape
+from vllm_puzzle.tuning.shape import LayerShape
 
 DTYPES = ("bfloat16", "float16")
 IDS_DTYPES = ("int32", "int64")
@@ -27,15 +28,15 @@ class Workload:
     """
     Attributes:
         shapes: to be timed; the first is tuned.
-        checked: to be held against the reference engine; the first in both dtypes and with split sums too.
+        checked: to be compared with the reference engine; the first in both dtypes and with split sums too.
         checked_tokens, graph_tokens, timed_tokens, tuned_tokens: numbers of tokens in a call.
         watched_tokens: through one chunk of the sort, and through two.
         keys: how many of a family's defaults are checked, the last ones; None, all.
         most_block: of rows, k and tokens; None leaves the defaults as they are.
     """
 
-    shapes: tuple[MoEShape, ...]
-    checked: tuple[MoEShape, ...]
+    shapes: tuple[LayerShape, ...]
+    checked: tuple[LayerShape, ...]
     checked_tokens: tuple[int, ...]
     graph_tokens: tuple[int, ...]
     timed_tokens: tuple[int, ...]
@@ -44,7 +45,7 @@ class Workload:
     keys: int | None = None
     most_block: int | None = None
 
-    def cuts(self, family: str, shape: MoEShape) -> Iterator[Cut]:
+    def cuts(self, family: str, shape: LayerShape) -> Iterator[Cut]:
         """The defaults of a family of GPUs, for one of the checked shapes."""
         from vllm_puzzle.kernels.triton.configs import FOLDER, load_configs
 
@@ -60,32 +61,27 @@ class Workload:
                     fields["block_tokens"] = min(fields["block_tokens"], self.most_block)
                 yield Cut(key, split_k, fields)
 
-    def dtypes(self, shape: MoEShape) -> tuple[str, ...]:
-        """Of activations, for one of the checked shapes."""
+    def dtypes(self, shape: LayerShape) -> tuple[str, ...]:
+        """The dtypes of activations for one of the checked shapes."""
         return DTYPES if shape == self.checked[0] else DTYPES[:1]
 
 
-def checked_slots(shape: MoEShape) -> int:
+def checked_slots(shape: LayerShape) -> int:
     """How many slots the experts of a checked shape have: one pair less than there could be."""
     return shape.num_experts - pairs(shape)
 
 
-def pairs(shape: MoEShape) -> int:
+def pairs(shape: LayerShape) -> int:
     return shape.num_experts // 2 - 1
 
 
 REAL = Workload(
-    shapes=(
-        MoEShape("Qwen3-30B-A3B", num_experts=128, hidden_size=2048, intermediate_size=768, top_k=8),
-        MoEShape("Mixtral-8x7B", num_experts=8, hidden_size=4096, intermediate_size=14336, top_k=2),
-        # One of four expert-parallel ranks.
-        MoEShape("DeepSeek-V3 / 4", num_experts=64, hidden_size=7168, intermediate_size=2048, top_k=8),
-    ),
+    shapes=(QWEN3_30B_A3B, MIXTRAL_8X7B, DEEPSEEK_V3_QUARTER),
     checked=(
-        MoEShape("even", num_experts=16, hidden_size=1024, intermediate_size=768, top_k=4),
+        LayerShape("even", num_experts=16, hidden_size=1024, intermediate_size=768, top_k=4),
         # No size is a multiple of a tile; rows of the second are not aligned to 16 bytes.
-        MoEShape("tails", num_experts=6, hidden_size=1048, intermediate_size=392, top_k=2),
-        MoEShape("unaligned", num_experts=6, hidden_size=1001, intermediate_size=333, top_k=2),
+        LayerShape("tails", num_experts=6, hidden_size=1048, intermediate_size=392, top_k=2),
+        LayerShape("unaligned", num_experts=6, hidden_size=1001, intermediate_size=333, top_k=2),
     ),
     checked_tokens=(0, 1, 2, 7, 8, 33, 64, 300, 1024),
     graph_tokens=(1, 7, 64, 400),
@@ -94,10 +90,10 @@ REAL = Workload(
     watched_tokens=(16, 600),
 )
 FAKE = Workload(
-    shapes=(MoEShape("tiny", num_experts=4, hidden_size=64, intermediate_size=32, top_k=2),),
+    shapes=(LayerShape("tiny", num_experts=4, hidden_size=64, intermediate_size=32, top_k=2),),
     checked=(
-        MoEShape("even", num_experts=6, hidden_size=48, intermediate_size=32, top_k=2),
-        MoEShape("unaligned", num_experts=6, hidden_size=41, intermediate_size=27, top_k=2),
+        LayerShape("even", num_experts=6, hidden_size=48, intermediate_size=32, top_k=2),
+        LayerShape("unaligned", num_experts=6, hidden_size=41, intermediate_size=27, top_k=2),
     ),
     checked_tokens=(0, 9),
     graph_tokens=(7,),
@@ -158,7 +154,7 @@ def _candidates(workload: Workload, gpu: Gpu) -> Iterator[Task]:
         yield from (Task("tune", compile_call, arguments) for arguments in row if arguments)
 
 
-def compile_peer(shape: MoEShape, num_tokens: int, fp8: bool) -> None:
+def compile_peer(shape: LayerShape, num_tokens: int, fp8: bool) -> None:
     """Compiles, in a worker, what a call of vLLM's fused_moe launches."""
     import torch
 

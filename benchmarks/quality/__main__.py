@@ -31,7 +31,8 @@ from benchmarks.quality.measure import (
     measure,
 )
 from benchmarks.quality.plot import plot
-from benchmarks.reference_model import DEFAULT_CACHE, ReferenceModelError, Variant, build, read_text
+from benchmarks.reference_model.build import Variant, build
+from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, read_text
 from vllm_puzzle.offline.errors import CheckpointError
 
 

@@ -13,7 +13,8 @@ from benchmarks.quality.model import QualityModel
 from benchmarks.quality.peers import PEERS, Peer
 from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
 from benchmarks.quality.seeds import study_seeds
-from benchmarks.reference_model import Variant, read_text
+from benchmarks.reference_model.build import Variant
+from benchmarks.reference_model.wheels import read_text
 from vllm_puzzle.offline.conversion.calibration_text import read_calibration_text
 
 TEXT_TOKENS = 8192

@@ -37,14 +37,14 @@ class Scorer:
 
     @torch.inference_mode()
     def _log_probabilities(self) -> Iterator[torch.Tensor]:
-        """Of every window, float32 (sequence_length - 1, vocabulary)."""
+        """The log probabilities of every window, float32 (sequence_length - 1, vocabulary)."""
         for part in self._windows.split(_WINDOWS_AT_ONCE):
             for hidden in self._model.causal.model(part, use_cache=False)[0]:
                 yield self._model.causal.lm_head(hidden[:-1]).float().log_softmax(-1)
 
     @torch.inference_mode()
     def score(self) -> Score:
-        """Of the experts that the model holds at this moment."""
+        """The score of the experts that the model holds at this moment."""
         negative_log_likelihood = divergence = agreed = 0.0
         for window, got, wanted in zip(self._windows, self._log_probabilities(), self._reference, strict=True):
             negative_log_likelihood += nll_loss(got, window[1:], reduction="sum").item()

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.perplexity import perplexity
 from benchmarks.quality.methods import walk
 from benchmarks.quality.model import QualityModel
+from benchmarks.quality.perplexity import perplexity
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.conversion.pairing import draw_mates
 from vllm_puzzle.offline.defaults import DEFAULT_TAU

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.perplexity import perplexity
-from benchmarks.reference_model import DEFAULT_CACHE, ReferenceModelError, build, load_dense, read_text
+from benchmarks.quality.perplexity import perplexity
+from benchmarks.reference_model.build import build
+from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, load_dense, read_text
 from tests.plugin.conftest import pack_and_unpack
 from tests.plugin.engine import (
     assert_same_logprobs,

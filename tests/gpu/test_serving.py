@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from benchmarks.demo import serving
+from benchmarks.demo.server import serving
 from tests.plugin.engine import assert_same_tokens, generate, running
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_puzzle.cli import main
-from vllm_puzzle.kernels.triton.configs import file_name, find_config, load_configs
+from vllm_puzzle.kernels.triton.configs import CallSizes, file_name, find_config, load_configs
 from vllm_puzzle.kernels.triton.target import current_target
 
 pytestmark = pytest.mark.gpu
@@ -21,4 +21,4 @@ def test_what_is_tuned_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     target = current_target(torch.device("cuda"))
     tuned = load_configs(tmp_path / file_name(16, 768, target.device_name))
     assert list(tuned) == [1, 64]
-    assert find_config(target, 16, 8, 1024, 768, 4, 60) == tuned[64]
+    assert find_config(target, CallSizes(16, 8, 1024, 768, 4, num_tokens=60)) == tuned[64]

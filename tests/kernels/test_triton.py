@@ -13,7 +13,7 @@ from tests.kernels.cases import INTERPRETED_TOLERANCE, TRITON_DEVICE, Case, chec
 from tests.kernels.cuts import CUTS, Cut, check, make_config
 from vllm_puzzle.format import pack
 from vllm_puzzle.kernels import ENGINES, REFERENCE, TRITON, EngineError, choose_engine
-from vllm_puzzle.kernels.triton.configs import FOLDER, find_config, load_configs
+from vllm_puzzle.kernels.triton.configs import FOLDER, CallSizes, find_config, load_configs
 from vllm_puzzle.kernels.triton.moe import make_tiles, triton_moe
 from vllm_puzzle.kernels.triton.target import INTERPRETED, Target, current_target
 
@@ -161,12 +161,12 @@ def test_the_engine_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_sums_are_split_while_programs_are_few() -> None:
     hopper = Target(family="sm90", device_name="none tuned", num_sms=132, ptx=True)
-    one, many = (find_config(hopper, 128, 64, 2048, 768, 8, num_tokens) for num_tokens in (1, 512))
+    one, many = (find_config(hopper, CallSizes(128, 64, 2048, 768, 8, num_tokens)) for num_tokens in (1, 512))
     assert one.gate_up.split_k > 1
     assert (2048 // one.gate_up.block_k) % one.gate_up.split_k == 0
     assert many.gate_up.split_k == many.down.split_k == 1
     assert one.block_tokens < many.block_tokens
-    assert find_config(hopper, 8, 4, 4096, 14336, 2, num_tokens=4096).down.split_k == 1
+    assert find_config(hopper, CallSizes(8, 4, 4096, 14336, 2, num_tokens=4096)).down.split_k == 1
 
 
 def test_tuned_configurations_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_tuned_configurations_come_first(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     target = Target(family="sm90", device_name="AMD X-1 (80GB) ", num_sms=132, ptx=True)
     for num_tokens, key in ((1, 1), (30, 1), (40, 64), (5000, 64)):
-        assert find_config(target, 8, 4, 64, 96, 2, num_tokens) == chosen[key]
+        assert find_config(target, CallSizes(8, 4, 64, 96, 2, num_tokens)) == chosen[key]
 
 
 @pytest.mark.parametrize(

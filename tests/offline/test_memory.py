@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.convert.source import Shape, write_source
+from benchmarks.convert.source import MixtralSizes, write_source
 from tests.tiny import build_tiny
 
 needs_a_mark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_no_more_memory_is_taken_than_was_said(tmp_path: Path) -> None:
 @needs_a_mark
 def test_without_calibration_no_layer_is_in_memory(tmp_path: Path) -> None:
     """One of 400 MB: what is said leaves no room for it."""
-    shape = Shape(num_hidden_layers=1, hidden_size=1024, intermediate_size=2048, num_local_experts=32)
+    shape = MixtralSizes(num_hidden_layers=1, hidden_size=1024, intermediate_size=2048, num_local_experts=32)
     write_source(tmp_path / "first", replace(shape, num_local_experts=4))
     write_source(tmp_path / "source", shape)
     check_memory(tmp_path / "first", tmp_path / "source", "", tmp_path, [("saliency", False)])

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 import pytest
 from openai import OpenAI
 
-from benchmarks.demo import serving
+from benchmarks.demo.server import serving
 from tests.plugin.engine import generate, running
 from tests.tiny import build_tiny
 

@@ -21,8 +21,8 @@ from vllm_puzzle.tuning import tuner
 from vllm_puzzle.tuning.card import Call, Card
 from vllm_puzzle.tuning.gpu import gpu_of
 from vllm_puzzle.tuning.search import Found
-from vllm_puzzle.tuning.shape import MoEShape, read_shape
-from vllm_puzzle.tuning.tuner import start_of, tune
+from vllm_puzzle.tuning.shape import LayerShape, read_shape
+from vllm_puzzle.tuning.tuner import TuneRequest, start_of, tune
 
 # With a GPU, Triton compiles in this process.
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
@@ -66,7 +66,7 @@ def test_json_has_the_shape_of_every_other_command(capsys: pytest.CaptureFixture
 def test_a_packed_checkpoint_says_what_to_tune_for(packed: Path) -> None:
     config = json.loads((packed / "config.json").read_text())
     shape, dtype = read_shape(packed)
-    assert shape == MoEShape(
+    assert shape == LayerShape(
         packed.name,
         num_experts=config["num_local_experts"],
         hidden_size=config["hidden_size"],
@@ -132,7 +132,7 @@ class Interpreter(Card):
 
 @interpreted
 def test_the_file_has_what_was_found_and_keeps_what_it_had(tmp_path: Path) -> None:
-    shape = MoEShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
+    shape = LayerShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
     gpu = gpu_of(Interpreter.device)
     card = Interpreter(*(start_of(gpu, shape, num_tokens) for num_tokens in (1, 2, 3)))
     reported = []
@@ -140,21 +140,21 @@ def test_the_file_has_what_was_found_and_keeps_what_it_had(tmp_path: Path) -> No
     def report(num_tokens: int, found: Found) -> None:
         reported.append(num_tokens)
 
-    tuned = tune(card, shape, (1, 3), "bfloat16", tmp_path, 1000, report=report, compile_ahead=False)
+    tuned = tune(card, TuneRequest(shape, (1, 3), "bfloat16", 1000), tmp_path, report=report, compile_ahead=False)
     assert tuned.path.name == "E-4_N-16_device_name-interpreter_dtype-puzzlemoe.json"
     assert reported == [1, 3]
     assert load_configs(tuned.path) == {tokens: start_of(gpu, shape, tokens) for tokens in (1, 3)}
     for found in tuned.found.values():
         assert (found.us, found.num_measured, found.wrong, found.finished) == (10.0, 1, (), True)
         assert found.num_failed > 10
-    tune(card, shape, (2,), "bfloat16", tmp_path, 1000, compile_ahead=False)
+    tune(card, TuneRequest(shape, (2,), "bfloat16", 1000), tmp_path, compile_ahead=False)
     assert list(load_configs(tuned.path)) == [1, 2, 3]
 
 
 @interpreted
 def test_without_time_there_is_nothing_to_save(tmp_path: Path) -> None:
-    shape = MoEShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
-    tuned = tune(Interpreter(), shape, (1,), "bfloat16", tmp_path, 0, compile_ahead=False)
+    shape = LayerShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
+    tuned = tune(Interpreter(), TuneRequest(shape, (1,), "bfloat16", 0), tmp_path, compile_ahead=False)
     assert tuned.found == {}
     assert list(tmp_path.iterdir()) == []
 
@@ -164,9 +164,9 @@ def test_candidates_are_compiled_ahead_for_as_long_as_there_is_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    shape = MoEShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
+    shape = LayerShape("", num_experts=4, hidden_size=32, intermediate_size=16, top_k=2)
     start = start_of(gpu_of(Interpreter.device), shape, 1)
-    tuned = tune(Interpreter(start), shape, (1,), "bfloat16", tmp_path / "tiles", 15, workers=1)
+    tuned = tune(Interpreter(start), TuneRequest(shape, (1,), "bfloat16", 15), tmp_path / "tiles", workers=1)
     assert load_configs(tuned.path) == {1: start}
     assert not tuned.found[1].finished
     assert {"gate_up_kernel", "down_kernel"} <= {path.stem for path in (tmp_path / "cache").rglob("*.cubin")}

@@ -10,9 +10,9 @@ from tests.tuning.launches import check_environment, die, fail
 from vllm_puzzle.kernels.triton.configs import Config, Product
 from vllm_puzzle.tuning.compiling import CompilePool, compile_call
 from vllm_puzzle.tuning.gpu import HOPPER
-from vllm_puzzle.tuning.shape import MoEShape
+from vllm_puzzle.tuning.shape import LayerShape
 
-SHAPE = MoEShape("", num_experts=8, hidden_size=64, intermediate_size=64, top_k=2)
+SHAPE = LayerShape("", num_experts=8, hidden_size=64, intermediate_size=64, top_k=2)
 
 
 @pytest.fixture(autouse=True)

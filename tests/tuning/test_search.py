@@ -13,14 +13,13 @@ from vllm_puzzle.kernels.triton.target import Target
 from vllm_puzzle.tuning.candidates import SHARED, STEPS, Limits, candidates
 from vllm_puzzle.tuning.measuring import WrongResultError
 from vllm_puzzle.tuning.search import search
-from vllm_puzzle.tuning.shape import MoEShape
+from vllm_puzzle.tuning.shape import LayerShape
 from vllm_puzzle.tuning.tuner import save
 
-SHAPE = MoEShape("Qwen3-30B-A3B", num_experts=128, hidden_size=2048, intermediate_size=768, top_k=8)
-SIZES = (SHAPE.num_experts, SHAPE.num_slots, SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.top_k)
+SHAPE = LayerShape("Qwen3-30B-A3B", num_experts=128, hidden_size=2048, intermediate_size=768, top_k=8)
 TARGET = Target(family="sm90", device_name="untuned", num_sms=132, ptx=True)
 LIMITS = Limits(SHAPE, num_tokens=1, shared_memory=227 * 1024, warp_size=32, num_sms=132)
-START = find_config(TARGET, *SIZES, 1)
+START = find_config(TARGET, SHAPE.call_sizes(1))
 # Differs from START in every field that is searched.
 GATE_UP = {"block_rows": 64, "block_k": 64, "split_k": 4, "num_warps": 8, "num_stages": 5}
 DOWN = {"block_rows": 32, "block_k": 64, "split_k": 2, "num_warps": 2, "num_stages": 4}
@@ -97,9 +96,10 @@ def test_time_that_is_over_leaves_the_best_so_far() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 64, 4096])
 def test_candidates_can_run_and_are_valid(num_tokens: int) -> None:
     limits = replace(LIMITS, num_tokens=num_tokens)
-    start = find_config(TARGET, *SIZES, num_tokens)
-    everything = [candidate for part, space in STEPS for candidate in candidates(start, part, space, limits)]
-    assert len(everything) > 30
+    start = find_config(TARGET, SHAPE.call_sizes(num_tokens))
+    steps = [candidates(start, part, space, limits) for part, space in STEPS]
+    assert all(steps)
+    everything = [candidate for step in steps for candidate in step]
     assert start not in everything
     for config in everything:
         assert Config.model_validate_json(config.model_dump_json()) == config
@@ -127,7 +127,8 @@ def test_the_engine_finds_what_was_saved(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(path.name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
     save(path, {64: START, 4: BEST})
     assert load_configs(path) == {4: BEST, 64: START}
-    found = [find_config(replace(TARGET, device_name=device), *SIZES, num_tokens) for num_tokens in (1, 33, 500)]
+    named = replace(TARGET, device_name=device)
+    found = [find_config(named, SHAPE.call_sizes(num_tokens)) for num_tokens in (1, 33, 500)]
     assert found == [BEST, BEST, START]
 
 

@@ -9,7 +9,7 @@ from vllm_puzzle.cli.output import add_json, say, tell
 
 if TYPE_CHECKING:
     from vllm_puzzle.tuning.search import Found
-    from vllm_puzzle.tuning.shape import MoEShape
+    from vllm_puzzle.tuning.shape import LayerShape
 
 _SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
 _FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
@@ -95,7 +95,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         )
     try:
         from vllm_puzzle.tuning.card import Card
-        from vllm_puzzle.tuning.tuner import NUM_TOKENS
+        from vllm_puzzle.tuning.tuner import NUM_TOKENS, TuneRequest
         from vllm_puzzle.tuning.tuner import tune as find_tiles
     except ModuleNotFoundError as error:
         raise EngineError(
@@ -107,7 +107,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path(wanted or ".")
     all_tokens = list(dict.fromkeys(arguments.tokens or NUM_TOKENS))
     try:
-        tuned = find_tiles(Card(), shape, all_tokens, dtype, folder, arguments.seconds, arguments.jobs, _report)
+        request = TuneRequest(shape, all_tokens, dtype, arguments.seconds)
+        tuned = find_tiles(Card(), request, folder, arguments.jobs, _report)
     except OSError as error:
         raise EngineError(f"{folder} cannot be written: {error.strerror or error}; give another --output") from None
     except KeyboardInterrupt:
@@ -133,10 +134,10 @@ def _tune(arguments: argparse.Namespace) -> None:
         )
 
 
-def _shape(arguments: argparse.Namespace) -> "tuple[MoEShape, str]":
+def _shape(arguments: argparse.Namespace) -> "tuple[LayerShape, str]":
     """The shape of one rank, and the dtype of activations."""
     from vllm_puzzle.format import FormatError
-    from vllm_puzzle.tuning.shape import MoEShape, read_shape
+    from vllm_puzzle.tuning.shape import LayerShape, read_shape
 
     sizes = {name: getattr(arguments, name) for name in _SIZES}
     given = [name for name, size in sizes.items() if size is not None]
@@ -147,7 +148,7 @@ def _shape(arguments: argparse.Namespace) -> "tuple[MoEShape, str]":
     if arguments.packed is not None:
         shape, dtype = read_shape(arguments.packed)
     elif len(given) == len(_SIZES):
-        shape, dtype = MoEShape("", **sizes), "bfloat16"
+        shape, dtype = LayerShape("", **sizes), "bfloat16"
     else:
         missing = [f"--{name.replace('_', '-')}" for name in _SIZES if name not in given]
         raise FormatError(f"nothing says what to tune for; give a packed checkpoint, or {', '.join(missing)} too")
@@ -159,7 +160,7 @@ def _shape(arguments: argparse.Namespace) -> "tuple[MoEShape, str]":
             f"--tensor-parallel {arguments.tensor_parallel} does not divide the intermediate size "
             f"{shape.intermediate_size}; give as many ranks as will serve"
         )
-    rank = MoEShape(shape.name, shape.num_experts, shape.hidden_size, part, shape.top_k)
+    rank = LayerShape(shape.name, shape.num_experts, shape.hidden_size, part, shape.top_k)
     return rank, arguments.dtype or dtype
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vllm_puzzle.kernels.triton.configs import Config
 from vllm_puzzle.kernels.triton.routing import most_blocks
 
-from .shape import MoEShape
+from .shape import LayerShape
 
 Part = Literal["gate_up", "down"]
 Space = dict[str, tuple[int, ...]]
@@ -31,7 +31,7 @@ PROGRAMS_PER_SM = 4
 class Limits:
     """What one call asks for, and what the card has; shared memory is in bytes, of one program."""
 
-    shape: MoEShape
+    shape: LayerShape
     num_tokens: int
     shared_memory: int
     warp_size: int

@@ -15,9 +15,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 from .gpu import Gpu
-from .shape import MoEShape
+from .shape import LayerShape
 
-# The longest that one kernel was seen to take is a tenth of it; a worker that died never answers.
+# The longest that one kernel was seen to take is a tenth of it; a worker that died returns nothing.
 PATIENCE = 120.0
 
 
@@ -35,7 +35,7 @@ class CompilePool:
 
     Args:
         workers: how many; by default one a core, save one for the process that measures.
-        paths: what goes before `sys.path` in each.
+        paths: folders to prepend to `sys.path` in each.
     """
 
     def __init__(self, gpu: Gpu, workers: int | None = None, paths: Sequence[str] = ()) -> None:
@@ -104,7 +104,7 @@ def _attempt(function: Callable[..., object], task: tuple[int, tuple[Any, ...]])
 
 def compile_call(
     gpu: Gpu,
-    shape: MoEShape,
+    shape: LayerShape,
     all_tokens: Sequence[int],
     dtype: str = "bfloat16",
     config: dict[str, Any] | None = None,

@@ -1,4 +1,4 @@
-"""What is known of a GPU without asking it again, in plain values that processes without it can be given."""
+"""What a GPU is, in plain values that can be passed to processes that do not see it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ HOPPER = Gpu("sm90", "none", 132, True, "cuda", 90, 32, 227 * 1024)
 
 
 def gpu_of(device: "torch.device") -> Gpu:
-    """The GPU that `device` is; in Triton's interpreter, what it stands for.
+    """The GPU that `device` is; in Triton's interpreter, the one that it imitates.
 
     Raises:
         EngineError: nothing here can run the kernels.

@@ -5,15 +5,15 @@ import torch
 from vllm_puzzle.format import pack
 from vllm_puzzle.kernels import TRITON
 
-from .shape import MoEShape
+from .shape import LayerShape
 
 
 class PackedLayer:
     """Random experts in packed pairs on `device`: expert e is member e % 2 of slot e // 2."""
 
-    def __init__(self, shape: MoEShape, device: torch.device) -> None:
-        self.w13 = _random_words(shape.num_slots, 2 * shape.intermediate_size, shape.hidden_size, device)
-        self.w2 = _random_words(shape.num_slots, shape.hidden_size, shape.intermediate_size, device)
+    def __init__(self, shape: LayerShape, device: torch.device) -> None:
+        self.w13 = random_words(shape.num_slots, 2 * shape.intermediate_size, shape.hidden_size, device)
+        self.w2 = random_words(shape.num_slots, shape.hidden_size, shape.intermediate_size, device)
         self.slot_of_expert = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
 
     def run(
@@ -25,7 +25,7 @@ class PackedLayer:
         )
 
 
-def _random_words(num_slots: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+def random_words(num_slots: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """(num_slots, rows, columns), int16: what merging two Gaussian matrices leaves, half shared and half exclusive."""
     words = torch.empty(num_slots, rows, columns, dtype=torch.int16, device=device)
     for slot in words:
@@ -34,7 +34,7 @@ def _random_words(num_slots: int, rows: int, columns: int, device: torch.device)
     return words
 
 
-def draw(shape: MoEShape, num_tokens: int, routing: str = "random") -> torch.Tensor:
+def draw(shape: LayerShape, num_tokens: int, routing: str = "random") -> torch.Tensor:
     """(num_tokens, top_k), int32 expert ids: `random`, or both `mates` of each of top_k / 2 slots."""
     if routing == "random":
         return torch.rand(num_tokens, shape.num_experts).topk(shape.top_k).indices.int()

@@ -13,7 +13,7 @@ from vllm_puzzle.kernels.triton.moe import triton_moe
 
 from .card import Card
 from .layer import PackedLayer, draw, relative_difference
-from .shape import MoEShape
+from .shape import LayerShape
 
 # Calls in one graph, each with a routing of its own: what one reads the next does not find in the L2 cache, and
 # launches overlap as they do in a model.
@@ -29,7 +29,7 @@ class WrongResultError(Exception):
 class Measurement:
     """Measures configurations on the card, all with the same tokens and routing."""
 
-    def __init__(self, card: Card, layer: PackedLayer, shape: MoEShape, num_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, card: Card, layer: PackedLayer, shape: LayerShape, num_tokens: int, dtype: torch.dtype) -> None:
         self._card = card
         draws = [draw(shape, num_tokens).to(card.device) for _ in range(min(CALLS, card.most_calls))]
         x = torch.randn(num_tokens, shape.hidden_size, device=card.device).to(dtype)

@@ -62,7 +62,7 @@ def search(
         us_before = measure(start) if prepared and prepared[0][1] else None
     except WrongResultError as error:
         raise EngineError(
-            f"{start.model_dump_json()} {error}: a mistake of the kernels or of the compiler, to be mended first"
+            f"{start.model_dump_json()} {error}: a mistake of the kernels or of the compiler, to be fixed first"
         ) from None
     if us_before is None:
         raise EngineError(f"there is nothing to start from, {start.model_dump_json()} does not run on this card")

@@ -3,12 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_puzzle.kernels.triton.configs import CallSizes
 
 
 @dataclass(frozen=True)
-class MoEShape:
-    """The routed experts of one layer; `num_experts / 2` slots hold them."""
+class LayerShape:
+    """The routed experts of one layer, all of them in pairs; `name` is for people."""
 
     name: str
     num_experts: int
@@ -18,16 +21,24 @@ class MoEShape:
 
     @property
     def num_slots(self) -> int:
-        """Where all experts are in pairs."""
+        """The slots that hold the experts; of an odd number of experts one is alone."""
         return -(-self.num_experts // 2)
 
     @property
     def expert_elements(self) -> int:
-        """Weights of one expert, which is also words of one slot: gate, up and down."""
+        """The weights of one expert, gate, up and down, as many as a slot has words."""
         return 3 * self.hidden_size * self.intermediate_size
 
+    def call_sizes(self, num_tokens: int) -> "CallSizes":
+        """The sizes of a call with so many tokens."""
+        from vllm_puzzle.kernels.triton.configs import CallSizes
 
-def read_shape(packed: Path) -> tuple[MoEShape, str]:
+        return CallSizes(
+            self.num_experts, self.num_slots, self.hidden_size, self.intermediate_size, self.top_k, num_tokens
+        )
+
+
+def read_shape(packed: Path) -> tuple[LayerShape, str]:
     """The shape of a packed checkpoint's layers, and the dtype of its activations: bfloat16 or float16.
 
     Raises:
@@ -57,5 +68,5 @@ def read_shape(packed: Path) -> tuple[MoEShape, str]:
             f"in place of the checkpoint"
         ) from None
     dtype = str(getattr(text, "dtype", None)).removeprefix("torch.")
-    shape = MoEShape(packed.name, sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, top_k)
+    shape = LayerShape(packed.name, sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, top_k)
     return shape, dtype if dtype == "float16" else "bfloat16"

@@ -1,6 +1,6 @@
 """The methods that merging is compared with: each makes one MoE layer's experts smaller, most of them by half."""
 
-from benchmarks.round_to_nearest import GROUP_SIZE
+from benchmarks.quality.round_to_nearest import GROUP_SIZE
 
 from .base import CompressedLayer, LoggedTokens, Method, Peer
 from .dropping import drop_least_frequent, reap

@@ -30,8 +30,8 @@ def cluster_by_cosine(
 ) -> list[int]:
     """Each expert's cluster by K-means, the similarity of two being the mean cosine of their outputs over tokens.
 
-    That is K-means of the outputs, each of them normalized. In their place stand, for each expert, as many numbers as
-    there are experts, with the same inner products. The best of ten starts counts.
+    That is K-means of the normalized outputs. Vectors of as many numbers as there are experts, with the same inner
+    products, replace them. The best of ten starts counts.
     """
     similarity = torch.zeros(experts.num_experts, experts.num_experts, dtype=torch.float64)
     for outputs in _every_output(experts, tokens):
@@ -44,7 +44,7 @@ def cluster_by_cosine(
 
 
 def _every_output(experts: ExpertWeights, tokens: RoutedTokens) -> Iterator[torch.Tensor]:
-    """Of consecutive blocks of n tokens the outputs of all experts, float32 (num_experts, n, hidden_size)."""
+    """The outputs of all experts for consecutive blocks of n tokens, float32 (num_experts, n, hidden_size)."""
     device = experts.gate[0].device
     for block in tokens.hidden.split(max(1, _ELEMENTS_AT_ONCE // (experts.num_experts * tokens.hidden.shape[1]))):
         hidden = block.to(device, torch.float32)

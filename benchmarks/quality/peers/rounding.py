@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.round_to_nearest import round_to_fp8, round_to_int4
+from benchmarks.quality.round_to_nearest import round_to_fp8, round_to_int4
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 from .base import CompressedLayer

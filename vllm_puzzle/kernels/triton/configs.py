@@ -11,7 +11,7 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -56,6 +56,25 @@ class Config(Strict):
     down: Product
 
 
+class CallSizes(NamedTuple):
+    """What decides how a call is cut, beside the target.
+
+    Attributes:
+        num_experts: of the layer on this rank.
+        num_slots: that hold them, of pairs and of single experts.
+        intermediate_size: this rank's part.
+        top_k: the experts of a token.
+        num_tokens: of the call, not zero.
+    """
+
+    num_experts: int
+    num_slots: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+    num_tokens: int
+
+
 _FILE = TypeAdapter(dict[Annotated[int, Field(ge=1, strict=False)], Config])
 
 
@@ -93,47 +112,30 @@ def file_name(num_experts: int, intermediate_size: int, device_name: str) -> str
 
 
 @cache
-def find_config(
-    target: Target,
-    num_experts: int,
-    num_slots: int,
-    hidden_size: int,
-    intermediate_size: int,
-    top_k: int,
-    num_tokens: int,
-) -> Config:
-    """The configuration for a number of tokens, not zero.
+def find_config(target: Target, sizes: CallSizes) -> Config:
+    """The configuration for a call: the tuned one whose number of tokens is nearest, or else the default.
 
     Raises:
         EngineError: a file was found and is not valid.
     """
-    tuned = _find_tuned(file_name(num_experts, intermediate_size, target.device_name))
+    tuned = _find_tuned(file_name(sizes.num_experts, sizes.intermediate_size, target.device_name))
     if tuned is not None:
-        return tuned[min(tuned, key=lambda key: abs(key - num_tokens))]
-    return default_config(target, num_experts, num_slots, hidden_size, intermediate_size, top_k, num_tokens)
+        return tuned[min(tuned, key=lambda key: abs(key - sizes.num_tokens))]
+    return default_config(target, sizes)
 
 
-def default_config(
-    target: Target,
-    num_experts: int,
-    num_slots: int,
-    hidden_size: int,
-    intermediate_size: int,
-    top_k: int,
-    num_tokens: int,
-) -> Config:
-    """As `find_config`, whatever was tuned."""
+def default_config(target: Target, sizes: CallSizes) -> Config:
+    """The default configuration for a call, whether or not a tuned file exists."""
     defaults = load_configs(FOLDER / f"{target.family}.json")
-    tokens_per_expert = num_tokens * top_k / num_experts
+    num_choices = sizes.num_tokens * sizes.top_k
+    tokens_per_expert = num_choices / sizes.num_experts
     key = next((key for key in defaults if key >= tokens_per_expert), max(defaults))
     config = defaults[key]
-    num_choices = num_tokens * top_k
     # Few choices go to as many slots, many fill blocks.
-    blocks = max(min(num_slots, num_choices), num_choices // (config.members * config.block_tokens))
-    gate_up = _split(
-        config.gate_up, hidden_size, -(-2 * intermediate_size // config.gate_up.block_rows) * blocks, target
-    )
-    down = _split(config.down, intermediate_size, -(-hidden_size // config.down.block_rows) * blocks, target)
+    blocks = max(min(sizes.num_slots, num_choices), num_choices // (config.members * config.block_tokens))
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    gate_up = _split(config.gate_up, hidden, -(-2 * inner // config.gate_up.block_rows) * blocks, target)
+    down = _split(config.down, inner, -(-hidden // config.down.block_rows) * blocks, target)
     return config.model_copy(update={"gate_up": gate_up, "down": down})
 
 

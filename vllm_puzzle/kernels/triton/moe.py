@@ -11,7 +11,7 @@ import triton.language as tl
 
 from vllm_puzzle.format import WORD16
 
-from .configs import Config, Product, find_config
+from .configs import CallSizes, Config, Product, find_config
 from .decode import make_decoder
 from .elementwise import activate_kernel, combine_kernel
 from .products import down_kernel, gate_up_kernel
@@ -48,7 +48,8 @@ def make_tiles(
 
 @cache
 def _find_tiles(target: Target, sizes: tuple[int, ...], dtype: tl.dtype) -> tuple[Config, Tile, Tile]:
-    config = find_config(target, *sizes)
+    # Made here, where it is remembered, and not in every call.
+    config = find_config(target, CallSizes(*sizes))
     return config, *make_tiles(config, target, sizes[2], sizes[3], dtype)
 
 

@@ -1,0 +1,1 @@
+"""The Triton engine without a GPU: its machine code is compared with budgets, its time is modelled."""
