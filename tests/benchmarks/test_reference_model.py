@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.perplexity import perplexity
 from benchmarks.reference_model import DEFAULT_CACHE, ReferenceModelError, build, load_dense, read_text
-from tests.plugin.conftest import pack_and_unpack
+from tests.plugin.checkpoints import pack_and_unpack
 from tests.plugin.engine import (
     assert_same_logprobs,
     generate,
