@@ -82,7 +82,7 @@ def load_configs(path: Path) -> dict[int, Config]:
 
 
 def file_name(num_experts: int, intermediate_size: int, device_name: str) -> str:
-    """Of a tuned file: as vLLM's, in letters, digits, `.`, `-` and `_`, which every tool and file system carries.
+    """The name of a tuned file: vLLM's pattern in letters, digits, `.`, `-` and `_`, which every file system takes.
 
     Args:
         intermediate_size: this rank's part.
@@ -122,7 +122,7 @@ def default_config(
     top_k: int,
     num_tokens: int,
 ) -> Config:
-    """As `find_config`, whatever was tuned."""
+    """The configuration that `find_config` returns where nothing was tuned."""
     defaults = load_configs(FOLDER / f"{target.family}.json")
     tokens_per_expert = num_tokens * top_k / num_experts
     key = next((key for key in defaults if key >= tokens_per_expert), max(defaults))
