@@ -1,6 +1,7 @@
 """The CPU engine as a library: sanitizers, what it is built from, choosing a level, memory while loading."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ from vllm_puzzle.kernels.cpu.build import BuildError, build_library
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+
+
+def test_the_enums_are_those_of_the_abi() -> None:
+    text = (Path(library.__file__).parent / "csrc" / "abi.h").read_text()
+    enums = dict(re.findall(r"enum PuzzleMoe(\w+) : int\d+_t \{(.*?)\};", text, re.DOTALL))
+    for enum in (Isa, library.IsaStatus, library.Dtype, library.IdType, library.Activation, library.Refusal):
+        declared = {name: int(value) for name, value in re.findall(r"PUZZLEMOE_(\w+) = (-?\d+)", enums[enum.__name__])}
+        declared.pop("NUM_ISAS", None)
+        assert declared == {member.name: member.value for member in enum}
 
 
 def runtime_of(sanitizer: str) -> str:

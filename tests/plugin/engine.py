@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 NUM_CANDIDATES = 5
+
+# Of bytes, which are the tokens of tiny models; of different lengths.
+PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 
 _ATTENTION_ALONE = {"layer_types": ["full_attention"] * 3}
 # Latent attention decodes on a CPU at the sizes of the published models alone.
@@ -59,9 +63,10 @@ def running(model: Path, **options: Any) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[Greedy]:
+def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, adapter: LoRARequest | None = None) -> list[Greedy]:
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=NUM_CANDIDATES, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    texts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(texts, sampling, use_tqdm=False, lora_request=adapter)
     return [
         Greedy(
             list(output.outputs[0].token_ids),

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.plugin.engine import (
     ENGINE_OPTIONS,
+    PROMPTS,
     SERVED,
     Greedy,
     assert_same_logprobs,
@@ -29,13 +30,13 @@ from tests.tiny import add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.kernels.triton.target import INTERPRETED
 
-PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 MAX_TOKENS = 64
 TEXTS = [[(11 * i * i + j * (2 * i + 5) + j * j * j) % 256 for j in range(200)] for i in range(8)]
 
 
 @pytest.fixture
 def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A private name of torch's, which vLLM asks: it has no option for this.
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
 
 
@@ -132,12 +133,12 @@ def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Pat
         expected = generate(llm, PROMPTS, MAX_TOKENS)
     program = (
         "import json, sys\nfrom pathlib import Path\n"
-        "from tests.plugin.engine import generate, running\n"
-        "from tests.plugin.test_agreement import MAX_TOKENS, PROMPTS\n"
+        "from tests.plugin.engine import PROMPTS, generate, running\n"
         "with running(Path(sys.argv[1]), dtype='float32', model_impl='transformers') as llm:\n"
-        "    print('tokens', json.dumps([each.tokens for each in generate(llm, PROMPTS, MAX_TOKENS)]))\n"
+        "    print('tokens', json.dumps([each.tokens for each in generate(llm, PROMPTS, int(sys.argv[2]))]))\n"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(packed)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, str(packed), str(MAX_TOKENS)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     said = [line for line in run.stdout.splitlines() if line.startswith("tokens ")]
     assert said, run.stderr[-2000:]
     assert json.loads(said[0].removeprefix("tokens ")) == [each.tokens for each in expected]

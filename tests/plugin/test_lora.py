@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 
-from tests.plugin.conftest import TEXT, pack_and_unpack
-from tests.plugin.engine import Greedy, assert_same_logprobs, running
+from tests.plugin.checkpoints import TEXT, pack_and_unpack
+from tests.plugin.engine import assert_same_logprobs, generate, running
 from tests.tiny import build_tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13]]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK, ALPHA = 8, 16
+MAX_TOKENS = 16
 LORA = {"enable_lora": True, "max_lora_rank": RANK, "lora_target_modules": ATTENTION, "dtype": "float32"}
 
 
@@ -58,22 +59,6 @@ def merge(model: Path, added: dict[str, torch.Tensor], merged: Path) -> Path:
     return merged
 
 
-def generate(llm: object, adapter: LoRARequest | None) -> list[Greedy]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=16, logprobs=5, ignore_eos=True)
-    outputs = llm.generate(  # type: ignore[attr-defined]
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False, lora_request=adapter
-    )
-    return [
-        Greedy(
-            list(output.outputs[0].token_ids),
-            [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs],
-        )
-        for output in outputs
-    ]
-
-
 def test_an_adapter_for_attention_is_as_good_as_merged(models: tuple[Path, Path], tmp_path: Path) -> None:
     """With it, what the unpacked model with merged weights says; without it, what there was before it; and an adapter
     that names experts is refused at run time, whose attention alone vLLM would have taken."""
@@ -85,16 +70,16 @@ def test_an_adapter_for_attention_is_as_good_as_merged(models: tuple[Path, Path]
     results = []
     for model in (unpacked, merged):
         with running(model, dtype="float32") as llm:
-            results.append(generate(llm, None))
+            results.append(generate(llm, PROMPTS, MAX_TOKENS))
     base, with_adapter = results
     assert [each.tokens for each in base] != [each.tokens for each in with_adapter]
     with running(packed, **LORA) as llm:
-        assert_same_logprobs(generate(llm, None), base, tolerance=1e-3)
+        assert_same_logprobs(generate(llm, PROMPTS, MAX_TOKENS), base, tolerance=1e-3)
         adapter = LoRARequest("attention", 1, str(tmp_path / "attention"))
-        assert_same_logprobs(generate(llm, adapter), with_adapter, tolerance=1e-3)
+        assert_same_logprobs(generate(llm, PROMPTS, MAX_TOKENS, adapter), with_adapter, tolerance=1e-3)
         with pytest.raises(Exception, match=r"experts has weights for 3 modules of the routed experts.*experts\.3\."):
             llm.llm_engine.add_lora(LoRARequest("experts", 2, str(tmp_path / "experts")))
-        assert_same_logprobs(generate(llm, None), base, tolerance=1e-3)
+        assert_same_logprobs(generate(llm, PROMPTS, MAX_TOKENS), base, tolerance=1e-3)
 
 
 @pytest.mark.parametrize(

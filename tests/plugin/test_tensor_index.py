@@ -5,28 +5,20 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copytree
 
 import pytest
 from safetensors.torch import load_file, save_file
 from vllm.transformers_utils.config import get_config
 
+from tests.plugin.checkpoints import INDEX, SHARD
 from tests.plugin.engine import running
 from tests.tiny import FAMILIES, add_mtp_layer, build_tiny, first_of_each_kind, remove_tensors
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import FormatError
 from vllm_puzzle.plugin.config import PuzzleMoEConfig
 
-INDEX = "model.safetensors.index.json"
-SHARD = "model-00003-of-00004.safetensors"
-
 # Their layers for multi-token prediction.
 DRAFTING = {"deepseek_v3": "model.layers.3.", "glm4_moe": "model.layers.3.", "qwen3_next": "mtp.layers.0."}
-
-
-@pytest.fixture
-def copy(packed: Path, tmp_path: Path) -> Path:
-    return copytree(packed, tmp_path / "copy")
 
 
 def ask(model: Path | str, config_of: Path) -> None:

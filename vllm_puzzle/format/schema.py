@@ -78,7 +78,7 @@ class PuzzleMoEQuantizationConfig(Strict):
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str = "quantization_config") -> "PuzzleMoEQuantizationConfig":
-        """Reads the mapping that stands in config.json; raises FormatError, in one sentence, for anything wrong."""
+        """Reads the section of config.json; raises FormatError, in one sentence, for anything wrong."""
         version = config.get("format_version")
         if config.get("quant_method") == QUANT_METHOD and version != FORMAT_VERSION:
             raise FormatError(

@@ -75,7 +75,7 @@ class Engine(Protocol):
         )
 
     def prepare(self, w13: torch.Tensor, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
-        """Puts words that were loaded into the engine's order, in place, and makes room for calls of that many tokens.
+        """Puts loaded words into the engine's order, in place, and makes room for calls of up to `max_num_tokens`.
 
         Raises:
             ValueError: words that `allocate` cannot have returned.

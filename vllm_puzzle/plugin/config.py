@@ -104,7 +104,7 @@ class PuzzleMoEConfig(QuantizationConfig):
         return None
 
     def _slots(self, prefix: str) -> LayerSlots | None:
-        """None for layers that only predict further tokens, after the decoder's or beside the model: they stay BF16."""
+        """The layer's slots; None for layers that only predict further tokens, whose experts stay BF16."""
         index = layer_index(prefix)
         # Of a drafting model vLLM says that it has no decoder layers, or as many as the model that it drafts for.
         after = index is not None and self._num_hidden_layers is not None and index >= self._num_hidden_layers

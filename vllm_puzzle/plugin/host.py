@@ -1,4 +1,4 @@
-"""What this package takes from vLLM: every import of its classes stands here, so that a move there is mended once."""
+"""What this package takes from vLLM: every import of its classes is here, so that a move is mended in one place."""
 
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger

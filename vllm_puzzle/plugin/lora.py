@@ -10,7 +10,7 @@ _load_adapter = LoRAModel.from_local_checkpoint
 
 
 def refuse_expert_adapters() -> None:
-    """From now on an adapter with weights for experts is refused where this process loads it.
+    """Makes this process refuse every adapter that has weights for experts.
 
     vLLM leaves out what an adapter has for modules outside of --lora-target-modules, without a word, and has no hook
     where adapters are loaded; so its method is replaced, in processes alone that serve packed experts with LoRA.
@@ -19,7 +19,7 @@ def refuse_expert_adapters() -> None:
 
 
 def _load_adapter_without_experts(lora_dir: str, *args: Any, **kwargs: Any) -> LoRAModel:
-    """As vLLM's `LoRAModel.from_local_checkpoint`; raises FormatError for an adapter that names experts."""
+    """vLLM's `LoRAModel.from_local_checkpoint`, which raises FormatError for an adapter that names experts."""
     adapter = _load_adapter(lora_dir, *args, **kwargs)
     experts = sorted(name for name in adapter.loras if names_experts(name))
     if experts:

@@ -10,7 +10,7 @@ from .host import get_hf_file_bytes
 _REMEDY = "copy the checkpoint again"
 
 Shapes = dict[str, tuple[int, ...] | None]
-"""By a tensor's name; None where only the name is known."""
+"""Shapes of tensors by name; None where only the name is known."""
 
 
 def read_shapes(model: str, revision: str | None) -> Shapes:

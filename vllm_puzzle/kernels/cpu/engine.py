@@ -59,7 +59,7 @@ class CpuEngine(Engine):
             CALL_LAYOUT.pack_into(WORKSPACE.call, 0, *[0] * 8, *sizes, 0, 0, 0, 0, self.isa, 0)
             WORKSPACE.grow(load_library().puzzlemoe_workspace_bytes(WORKSPACE.call))
 
-    # Every line costs time here, see CALL_LAYOUT: hence one function, and one expression where all is well.
+    # Long, since every line and every call of Python costs time here; see CALL_LAYOUT.
     def run(
         self,
         x: torch.Tensor,
@@ -125,7 +125,7 @@ class CpuEngine(Engine):
 
 
 CPU_ENGINES = tuple(CpuEngine(isa) for isa in Isa)
-"""By rising capability; the index is the Isa."""
+"""From the least to the most capable; the index is the Isa."""
 
 
 def _fits(

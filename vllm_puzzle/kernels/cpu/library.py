@@ -16,7 +16,7 @@ LIBRARY_PATH = Path(__file__).parent / LIBRARY_NAME
 
 
 class Isa(IntEnum):
-    """The instruction sets that the engine has kernels for; values as in csrc/abi.h."""
+    """The instruction sets that there are kernels for: `PuzzleMoeIsa` of csrc/abi.h."""
 
     PORTABLE = 0
     AVX2 = 1
@@ -34,7 +34,7 @@ class IsaStatus(IntEnum):
 
 
 class Dtype(IntEnum):
-    """Of activations: `PuzzleMoeDtype` of csrc/abi.h."""
+    """The dtypes of activations: `PuzzleMoeDtype` of csrc/abi.h."""
 
     BFLOAT16 = 0
     FLOAT16 = 1
@@ -42,14 +42,14 @@ class Dtype(IntEnum):
 
 
 class IdType(IntEnum):
-    """Of expert ids: `PuzzleMoeIdType` of csrc/abi.h."""
+    """The types of expert ids: `PuzzleMoeIdType` of csrc/abi.h."""
 
     INT32 = 0
     INT64 = 1
 
 
 class Activation(IntEnum):
-    """`PuzzleMoeActivation` of csrc/abi.h."""
+    """The activations that are compiled: `PuzzleMoeActivation` of csrc/abi.h."""
 
     SILU = 0
     GELU = 1

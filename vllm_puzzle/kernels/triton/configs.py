@@ -101,7 +101,7 @@ def load_configs(path: Path) -> dict[int, Config]:
 
 
 def file_name(num_experts: int, intermediate_size: int, device_name: str) -> str:
-    """Of a tuned file: as vLLM's, in letters, digits, `.`, `-` and `_`, which every tool and file system carries.
+    """The name of a tuned file: vLLM's pattern in letters, digits, `.`, `-` and `_`, which every file system takes.
 
     Args:
         intermediate_size: this rank's part.
@@ -125,7 +125,7 @@ def find_config(target: Target, sizes: CallSizes) -> Config:
 
 
 def default_config(target: Target, sizes: CallSizes) -> Config:
-    """The default configuration for a call, whether or not a tuned file exists."""
+    """The configuration that `find_config` returns where nothing was tuned."""
     defaults = load_configs(FOLDER / f"{target.family}.json")
     num_choices = sizes.num_tokens * sizes.top_k
     tokens_per_expert = num_choices / sizes.num_experts

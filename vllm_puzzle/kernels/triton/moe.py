@@ -3,6 +3,7 @@
 Nothing waits for the device and no shape depends on data, so that a call can be captured in a graph.
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from .configs import CallSizes, Config, Product, find_config
 from .decode import make_decoder
 from .elementwise import activate_kernel, combine_kernel
 from .products import down_kernel, gate_up_kernel
-from .routing import route
+from .routing import Routing, route
 from .target import Target, current_target
 from .tiles import Tile
 
@@ -46,11 +47,20 @@ def make_tiles(
     return tile(config.gate_up, hidden_size, intermediate_size), tile(config.down, intermediate_size, hidden_size)
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A configuration, and the compile-time sides of the products that follow from it."""
+
+    config: Config
+    gate_up: Tile
+    down: Tile
+
+
 @cache
-def _find_tiles(target: Target, sizes: tuple[int, ...], dtype: tl.dtype) -> tuple[Config, Tile, Tile]:
+def _find_cut(target: Target, sizes: tuple[int, ...], dtype: tl.dtype) -> _Cut:
     # Made here, where it is remembered, and not in every call.
     config = find_config(target, CallSizes(*sizes))
-    return config, *make_tiles(config, target, sizes[2], sizes[3], dtype)
+    return _Cut(config, *make_tiles(config, target, sizes[2], sizes[3], dtype))
 
 
 def triton_moe(
@@ -77,7 +87,6 @@ def triton_moe(
     num_tokens, hidden_size = x.shape
     num_slots, _, intermediate_size = w2.shape
     top_k = topk_ids.shape[1]
-    num_choices = topk_ids.numel()
     output = torch.empty_like(x)
     if num_tokens == 0:
         return output
@@ -86,17 +95,45 @@ def triton_moe(
     dtype = DTYPES[x.dtype]
     if config is None:
         sizes = (slot_of_expert.shape[0], num_slots, hidden_size, intermediate_size, top_k, num_tokens)
-        config, gate_up, down = _find_tiles(target, sizes, dtype)
+        cut = _find_cut(target, sizes, dtype)
     else:
-        gate_up, down = make_tiles(config, target, hidden_size, intermediate_size, dtype)
+        cut = _Cut(config, *make_tiles(config, target, hidden_size, intermediate_size, dtype))
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    routing = route(topk_ids, slot_of_expert, num_slots, config.members, config.block_tokens)
+    routing = route(topk_ids, slot_of_expert, num_slots, cut.config.members, cut.config.block_tokens)
+    inner = _multiply_gate_up(x, w13, topk_weights, routing, cut, activation, apply_router_weight_on_input)
+    results = _multiply_down(inner, w2, routing, cut)
+    combine_kernel[(num_tokens, triton.cdiv(hidden_size, _BLOCK))](
+        results,
+        topk_weights,
+        topk_ids,
+        slot_of_expert,
+        output,
+        topk_ids.numel(),
+        TOP_K=top_k,
+        ROWS=hidden_size,
+        SPLIT_K=cut.down.split_k,
+        WEIGHT_ON_INPUT=apply_router_weight_on_input,
+        BLOCK=_BLOCK,
+    )
+    return output
 
+
+def _multiply_gate_up(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    topk_weights: torch.Tensor,
+    routing: Routing,
+    cut: _Cut,
+    activation: str,
+    weight_on_input: bool,
+) -> torch.Tensor:
+    """The inner activations, (num_choices, intermediate_size), in the order of `routing.choices`."""
+    tile = cut.gate_up
+    num_choices, intermediate_size = topk_weights.numel(), w13.shape[1] // 2
     inner = x.new_empty(num_choices, intermediate_size)
-    split = gate_up.split_k > 1
-    sums = x.new_empty(gate_up.split_k, num_choices, 2, intermediate_size, dtype=torch.float32) if split else inner
-    half = gate_up.block_rows // 2
-    gate_up_kernel[(triton.cdiv(intermediate_size, half) * routing.num_blocks, gate_up.split_k)](
+    split = tile.split_k > 1
+    sums = x.new_empty(tile.split_k, num_choices, 2, intermediate_size, dtype=torch.float32) if split else inner
+    gate_up_kernel[(triton.cdiv(intermediate_size, tile.block_rows // 2) * routing.num_blocks, tile.split_k)](
         x,
         w13,
         sums,
@@ -105,11 +142,11 @@ def triton_moe(
         routing.blocks,
         routing.num_blocks,
         num_choices,
-        top_k,
-        TILE=gate_up,
+        topk_weights.shape[1],
+        TILE=tile,
         ACTIVATION=activation,
-        WEIGHT_ON_INPUT=apply_router_weight_on_input,
-        num_warps=config.gate_up.num_warps,
+        WEIGHT_ON_INPUT=weight_on_input,
+        num_warps=cut.config.gate_up.num_warps,
     )
     if split:
         activate_kernel[(num_choices, triton.cdiv(intermediate_size, _BLOCK))](
@@ -117,12 +154,20 @@ def triton_moe(
             inner,
             num_choices,
             ROWS=intermediate_size,
-            SPLIT_K=gate_up.split_k,
+            SPLIT_K=tile.split_k,
             ACTIVATION=activation,
             BLOCK=_BLOCK,
         )
-    results = x.new_empty(down.split_k, num_choices, hidden_size, dtype=torch.float32 if down.split_k > 1 else x.dtype)
-    down_kernel[(triton.cdiv(hidden_size, down.block_rows) * routing.num_blocks, down.split_k)](
+    return inner
+
+
+def _multiply_down(inner: torch.Tensor, w2: torch.Tensor, routing: Routing, cut: _Cut) -> torch.Tensor:
+    """(split_k, num_choices, hidden_size) in the order of the choices; in float32 where the sum is split."""
+    tile = cut.down
+    num_choices, hidden_size = len(inner), w2.shape[1]
+    dtype = torch.float32 if tile.split_k > 1 else inner.dtype
+    results = inner.new_empty(tile.split_k, num_choices, hidden_size, dtype=dtype)
+    down_kernel[(triton.cdiv(hidden_size, tile.block_rows) * routing.num_blocks, tile.split_k)](
         inner,
         w2,
         results,
@@ -130,23 +175,10 @@ def triton_moe(
         routing.blocks,
         routing.num_blocks,
         num_choices,
-        TILE=down,
-        num_warps=config.down.num_warps,
+        TILE=tile,
+        num_warps=cut.config.down.num_warps,
     )
-    combine_kernel[(num_tokens, triton.cdiv(hidden_size, _BLOCK))](
-        results,
-        topk_weights,
-        topk_ids,
-        slot_of_expert,
-        output,
-        num_choices,
-        TOP_K=top_k,
-        ROWS=hidden_size,
-        SPLIT_K=down.split_k,
-        WEIGHT_ON_INPUT=apply_router_weight_on_input,
-        BLOCK=_BLOCK,
-    )
-    return output
+    return results
 
 
 def fits_triton(

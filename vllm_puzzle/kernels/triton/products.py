@@ -92,7 +92,7 @@ def _multiply_one(w_ptr, x_ptr, w_rows, x_rows, split, TILE: tl.constexpr, MEMBE
 
 @triton.jit
 def _multiply_both(w_ptr, x_ptr, w_rows, x_rows_0, x_rows_1, split, TILE: tl.constexpr):
-    """As `_multiply_one`, for both members from one load of the words."""
+    """Does what `_multiply_one` does for both members, from one load of the words."""
     begin = split * TILE.part_k
     w_offsets = _offsets(w_rows + begin, TILE, True)
     x_offsets_0 = _offsets(x_rows_0 + begin, TILE, False)

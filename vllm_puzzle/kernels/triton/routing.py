@@ -43,7 +43,7 @@ def most_blocks(num_choices: int, num_slots: int, members: int, block_tokens: in
 
 
 def warps(chunk: int) -> int:
-    """With which a chunk is counted and sorted."""
+    """The number of warps that count and sort a chunk."""
     return min(4, chunk // SMALLEST_CHUNK)
 
 

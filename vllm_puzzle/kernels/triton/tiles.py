@@ -45,12 +45,12 @@ class Tile(str):
 
     @property
     def dtype(self) -> tl.dtype:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.decoder.dtype
 
     @property
     def dot_dtype(self) -> tl.dtype:
-        """Of the operands of tl.dot: the interpreter would multiply the bits of bfloat16 as integers."""
+        """The dtype of the operands of tl.dot: the interpreter would multiply the bits of bfloat16 as integers."""
         return tl.float32 if INTERPRETED else self.dtype
 
     @property

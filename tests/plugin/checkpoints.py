@@ -1,0 +1,53 @@
+"""Packed checkpoints for the tests of the plugin, and ways of spoiling one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_puzzle.cli import main
+
+INDEX = "model.safetensors.index.json"
+# That of layer 1 in a packed tiny Mixtral.
+SHARD = "model-00003-of-00004.safetensors"
+
+TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(200))
+
+
+def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
+    """Converts `source` at 50 % and unpacks the result; returns both folders."""
+    calibration = folder / "text.txt"
+    calibration.write_text(text)
+    packed, unpacked = folder / "packed", folder / "unpacked"
+    # The fastest rule: what words say is the same whichever rule wrote them.
+    options = ["--calibration", str(calibration), "--rule", "paper"]
+    assert main(["convert", str(source), str(packed), *options]) == 0
+    assert main(["unpack", str(packed), str(unpacked)]) == 0
+    return packed, unpacked
+
+
+def edit_config(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((path / "config.json").read_text())
+    edit(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_shard(path: Path, edit: Callable[[dict[str, torch.Tensor]], None], follow: bool) -> None:
+    """Changes the shard of layer 1; with `follow` the index tells of it, without it claims the old names."""
+    tensors = load_file(path / SHARD)
+    old = set(tensors)
+    edit(tensors)
+    save_file(tensors, path / SHARD, {"format": "pt"})
+    if follow:
+        index = json.loads((path / INDEX).read_text())
+        for name in old - set(tensors):
+            del index["weight_map"][name]
+        index["weight_map"].update(dict.fromkeys(tensors, SHARD))
+        (path / INDEX).write_text(json.dumps(index))
+
+
+def a_packed_name(path: Path) -> str:
+    return min(name for name in load_file(path / SHARD) if name.endswith("w3.weight_packed"))
