@@ -8,20 +8,16 @@ from torch.nn.functional import silu
 
 import vllm_puzzle.offline.merging.merge_layer
 from vllm_puzzle.format import LayerSlots, unpack
-from vllm_puzzle.offline.merging import rules
 from vllm_puzzle.offline.merging.layer import ExpertWeights, LayerTokens, RoutedTokens
 from vllm_puzzle.offline.merging.pair import MergeStatistics
 from vllm_puzzle.offline.merging.recipe import Recipe
+from vllm_puzzle.offline.merging.rules import RULES
 
 # Odd multiples, so that a swap of two sizes cannot go unnoticed.
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 24, 20, 6, 2
 
 EVERY_RECIPE = [
-    Recipe(rules.PAPER),
-    Recipe(rules.SALIENCY),
-    Recipe(rules.SALIENCY, align=True),
-    Recipe(rules.COMPENSATED),
-    Recipe(rules.COMPENSATED, align=True),
+    Recipe(rule, align) for rule in RULES.values() for align in (False, True) if rule.can_align or not align
 ]
 
 

@@ -76,7 +76,7 @@ def test_experts_that_would_lose_most_stay_alone(source: Path, tmp_path: Path, r
                 tensors[f"{BLOCK.format(layer=layer)}.experts.{expert}.w2.weight"] *= 30
 
     edit_tensors(source, make_sensitive)
-    # Six pairs; the two sensitive experts of layer 1 lie in different blocks.
+    # Six pairs; the two sensitive experts of layer 1 belong to different ranks.
     layers = converted(source, tmp_path / "packed", *recipe, "--compression", "25", "--max-expert-parallel", "2")
     assert [slots.pairs for slots in layers] == [4, 2, 0]
     assert not {1, 6} & {expert for pair in pairs_of(layers[1]) for expert in pair}
@@ -164,7 +164,7 @@ def test_experts_that_fire_together_become_mates(
     assert together > 95 > less_together
 
 
-def test_mates_that_fire_together_still_stay_in_one_block(source: Path, tmp_path: Path, text: Path) -> None:
+def test_mates_that_fire_together_still_stay_on_one_rank(source: Path, tmp_path: Path, text: Path) -> None:
     edit_tensors(source, fire_together)
     options = ["--calibration", str(text), *SALIENCY, "--pairing", "coactivation"]
     for slots in converted(source, tmp_path / "packed", *options, "--max-expert-parallel", "2"):
@@ -194,7 +194,7 @@ def test_the_card_has_what_was_estimated_of_each_layer(source: Path, tmp_path: P
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\S+) \| (\S+)% \|", card, re.MULTILINE)
     assert [(int(layer), int(pairs)) for layer, pairs, *_ in rows] == [(slots.layer, slots.pairs) for slots in layers]
     assert all(float(loss) > 0 and 0 <= float(together) <= 100 for _, _, loss, together in rows)
-    assert "| pairing | loss, within 2 group(s) of 4 experts, seed 0 |" in card
+    assert "| pairing | loss, within 2 rank(s) of 4 experts, seed 0 |" in card
     assert "| rule | `saliency` |" in card
 
 

@@ -1,4 +1,4 @@
-"""Pairing: as many pairs as asked for, inside the blocks, the best ones, and the same for the same seed."""
+"""Pairing: as many pairs as asked for, within each rank, the best ones, and the same for the same seed."""
 
 import itertools
 import random
@@ -24,16 +24,16 @@ from vllm_puzzle.offline.merging.pair_loss import Mates
 
 
 @given(st.integers(1, 8), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**32))
-def test_mates_lie_in_one_block(blocks: int, half: int, share: float, seed: int) -> None:
-    num_experts = blocks * 2 * half
+def test_mates_are_of_one_rank(ranks: int, half: int, share: float, seed: int) -> None:
+    num_experts = ranks * 2 * half
     pairs = int(share * num_experts / 2)
-    slots = draw_slots(3, num_experts, pairs, blocks, random.Random(seed))
+    slots = draw_slots(3, num_experts, pairs, ranks, random.Random(seed))
     assert slots.pairs == pairs
     assert sorted(slots.experts) == list(range(num_experts))
     for slot in range(pairs):
         first, second = slots.members(slot)
         assert first // (2 * half) == second // (2 * half)
-    assert slots == draw_slots(3, num_experts, pairs, blocks, random.Random(seed))
+    assert slots == draw_slots(3, num_experts, pairs, ranks, random.Random(seed))
 
 
 def test_single_experts_are_drawn_too() -> None:
@@ -66,31 +66,31 @@ def test_pairs_of_three_layers(num_experts: int, compression: float, budget: Pai
     assert budget_pairs(num_experts, 3, compression) == budget
 
 
-def test_groups_that_do_not_fit_are_refused() -> None:
+def test_ranks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(CheckpointError, match="--max-expert-parallel 3 does not cut 8 experts"):
         count_pairs(8, 50, 3)
-    with pytest.raises(CheckpointError, match=r"needs 30 pairs, but 4 groups of 15 experts hold at most 28.*46\.67"):
+    with pytest.raises(CheckpointError, match=r"needs 30 pairs, but 4 ranks of 15 experts hold at most 28.*46\.67"):
         count_pairs(60, 50, 4)
 
 
 @given(st.integers(1, 4), st.integers(2, 7))
-def test_candidates_are_every_two_experts_of_a_block_once(blocks: int, size: int) -> None:
+def test_candidates_are_every_two_experts_of_a_rank_once(ranks: int, size: int) -> None:
     expected = {
         (first, second)
-        for first, second in itertools.combinations(range(blocks * size), 2)
+        for first, second in itertools.combinations(range(ranks * size), 2)
         if first // size == second // size
     }
-    found = list_candidates(blocks * size, blocks)
+    found = list_candidates(ranks * size, ranks)
     assert len(found) == len(expected)
     assert set(found) == expected
 
 
 @given(st.integers(1, 4), st.integers(2, 7), st.integers(0, 2**32))
-def test_drawn_mates_are_as_many_candidates_as_there_can_be(blocks: int, size: int, seed: int) -> None:
-    drawn = draw_mates(blocks * size, blocks, random.Random(seed))
-    assert len(drawn) == blocks * (size // 2)
+def test_drawn_mates_are_as_many_candidates_as_there_can_be(ranks: int, size: int, seed: int) -> None:
+    drawn = draw_mates(ranks * size, ranks, random.Random(seed))
+    assert len(drawn) == ranks * (size // 2)
     assert len({expert for pair in drawn for expert in pair}) == 2 * len(drawn)
-    assert {tuple(sorted(pair)) for pair in drawn} <= set(list_candidates(blocks * size, blocks))
+    assert {tuple(sorted(pair)) for pair in drawn} <= set(list_candidates(ranks * size, ranks))
 
 
 def matchings(ids: list[int]) -> Iterator[list[tuple[int, int]]]:
@@ -135,13 +135,13 @@ def test_no_other_matching_is_better(losses: list[float], shares: list[float], u
 
 
 @pytest.mark.parametrize("pairing", ["loss", "coactivation"])
-@pytest.mark.parametrize(("num_experts", "blocks"), [(12, 3), (10, 2), (7, 1)])
-def test_matched_mates_stay_in_their_blocks(num_experts: int, blocks: int, pairing: str) -> None:
+@pytest.mark.parametrize(("num_experts", "ranks"), [(12, 3), (10, 2), (7, 1)])
+def test_matched_mates_stay_on_their_ranks(num_experts: int, ranks: int, pairing: str) -> None:
     generator = random.Random(5)
-    size = num_experts // blocks
-    mates = [Mates(pair, generator.random(), generator.random()) for pair in list_candidates(num_experts, blocks)]
+    size = num_experts // ranks
+    mates = [Mates(pair, generator.random(), generator.random()) for pair in list_candidates(num_experts, ranks)]
     matched = match_pairs(mates, pairing)
-    assert len(matched) == blocks * (size // 2)
+    assert len(matched) == ranks * (size // 2)
     assert len({expert for each in matched for expert in each.experts}) == 2 * len(matched)
     assert all(each.experts[0] // size == each.experts[1] // size for each in matched)
     assert match_pairs(reversed(mates), pairing) == matched

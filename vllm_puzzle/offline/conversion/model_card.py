@@ -66,7 +66,7 @@ If vLLM says `Unknown quantization method: puzzlemoe`, the `vllm-puzzle` package
 | rule | {rule} |
 | compression asked for | {compression:g} % |
 | calibration | {calibration} |
-| pairing | {pairing}, within {groups} group(s) of {group_size} experts, seed {seed} |
+| pairing | {pairing}, within {ranks} rank(s) of {experts_per_rank} experts, seed {seed} |
 | source SHA-256 | `{source_sha256}` |
 
 ## What merging changed
@@ -110,8 +110,8 @@ def write_model_card(writer: CheckpointWriter, card: ModelCard) -> None:
         pairing=provenance.pairing,
         compression=provenance.compression,
         calibration=calibration,
-        groups=card.quantization.max_expert_parallel,
-        group_size=card.quantization.num_experts // card.quantization.max_expert_parallel,
+        ranks=card.quantization.max_expert_parallel,
+        experts_per_rank=card.quantization.num_experts // card.quantization.max_expert_parallel,
         seed=provenance.seed,
         source_sha256=provenance.source_sha256,
         rows=rows,

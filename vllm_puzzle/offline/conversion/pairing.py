@@ -59,14 +59,14 @@ def count_pairs(num_experts: int, compression: float, max_expert_parallel: int) 
     per_rank, rest = divmod(num_experts, max_expert_parallel)
     if rest or per_rank < 2:
         raise CheckpointError(
-            f"--max-expert-parallel {max_expert_parallel} does not cut {num_experts} experts into equal groups of "
+            f"--max-expert-parallel {max_expert_parallel} does not cut {num_experts} experts into equal parts of "
             f"2 or more; choose a divisor of {num_experts}"
         )
     pairs = _round_down(num_experts * compression / 100)
     most = most_pairs(num_experts, max_expert_parallel)
     if pairs > most:
         raise CheckpointError(
-            f"--compression {compression:g} needs {pairs} pairs, but {max_expert_parallel} groups of {per_rank} "
+            f"--compression {compression:g} needs {pairs} pairs, but {max_expert_parallel} ranks of {per_rank} "
             f"experts hold at most {most}; choose a smaller --max-expert-parallel or --compression "
             f"{100 * most / num_experts:.2f}"
         )
@@ -83,22 +83,22 @@ def _round_down(pairs: float) -> int:
     return int(pairs + 1e-9)
 
 
-def _rank_groups(num_experts: int, max_expert_parallel: int) -> list[range]:
-    """The ids that stay on one rank, and so the ids among which mates are found."""
+def _split_experts(num_experts: int, max_expert_parallel: int) -> list[range]:
+    """The ids of each rank's experts, among which mates are found."""
     size = num_experts // max_expert_parallel
     return [range(start, start + size) for start in range(0, num_experts, size)]
 
 
 def list_candidates(num_experts: int, max_expert_parallel: int) -> list[tuple[int, int]]:
     """Every two experts that may be mates."""
-    return [pair for group in _rank_groups(num_experts, max_expert_parallel) for pair in combinations(group, 2)]
+    return [pair for rank in _split_experts(num_experts, max_expert_parallel) for pair in combinations(rank, 2)]
 
 
 def draw_mates(num_experts: int, max_expert_parallel: int, generator: random.Random) -> list[tuple[int, int]]:
     """As many pairs as there can be, drawn at random within each rank's experts."""
     drawn: list[tuple[int, int]] = []
-    for group in _rank_groups(num_experts, max_expert_parallel):
-        ids = list(group)
+    for rank in _split_experts(num_experts, max_expert_parallel):
+        ids = list(rank)
         generator.shuffle(ids)
         drawn += zip(ids[0::2], ids[1::2], strict=False)
     return drawn

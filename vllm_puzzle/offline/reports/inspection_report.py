@@ -42,7 +42,7 @@ def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
         (
             "experts",
             f"{inspection.num_experts} of 3 x {inspection.intermediate_size} x {inspection.hidden_size} a layer, "
-            f"mates within {inspection.max_expert_parallel} group(s)",
+            f"mates within {inspection.max_expert_parallel} rank(s)",
         ),
         ("size", f"{size(inspection.packed_bytes)} packed of {size(inspection.total_bytes)}"),
         ("rule", provenance.rule if provenance.tau is None else f"{provenance.rule}, tau {provenance.tau:g}"),
