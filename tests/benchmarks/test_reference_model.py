@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.quality.perplexity import perplexity
 from benchmarks.reference_model.build import build
 from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, load_dense, read_text
-from tests.plugin.conftest import pack_and_unpack
+from tests.plugin.checkpoints import pack_and_unpack
 from tests.plugin.engine import (
     assert_same_logprobs,
     generate,

@@ -6,14 +6,12 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.demo.server import serving
-from tests.plugin.engine import assert_same_tokens, generate, running
+from tests.plugin.engine import PROMPTS, assert_same_tokens, generate, running
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.kernels import REFERENCE, TRITON
 
 pytestmark = pytest.mark.gpu
-
-PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from tests.plugin.test_agreement import PROMPTS
+from tests.plugin.engine import PROMPTS
 
 MAX_TOKENS = 32
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.plugin.checkpoints import Checkpoints
 from tests.plugin.engine import (
     ENGINE_OPTIONS,
+    PROMPTS,
     SERVED,
     Greedy,
     assert_same_logprobs,
@@ -29,7 +31,6 @@ from tests.tiny import add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.kernels.triton import INTERPRETED
 
-PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 MAX_TOKENS = 64
 TEXTS = [[(11 * i * i + j * (2 * i + 5) + j * j * j) % 256 for j in range(200)] for i in range(8)]
 
@@ -41,7 +42,7 @@ def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("vector_kernels")
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4_text"])
-def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: Checkpoints) -> None:
     """In bfloat16. Kernels of different machines round at different places, and a rounding can send a token elsewhere.
 
     So nothing is compared token by token: what rounding moves the log probabilities of the same texts by has to be of
@@ -58,7 +59,7 @@ def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: dict
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_three_witnesses_in_float32(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_three_witnesses_in_float32(family: str, checkpoints: Checkpoints) -> None:
     packed, unpacked = checkpoints[family]
     options = {"dtype": "float32", **ENGINE_OPTIONS.get(family, {})}
     with running(packed, **options) as llm:
@@ -99,7 +100,7 @@ def silence_shared_experts(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [swap_gate_and_up, swap_members, even_router_weights, silence_shared_experts])
-def test_the_comparison_would_notice(change: Any, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_the_comparison_would_notice(change: Any, checkpoints: Checkpoints) -> None:
     """Each thing that the witnesses prove right is made wrong in one of them, and must show in the first token."""
     packed, unpacked = checkpoints["qwen2_moe"]
     with running(packed, dtype="float32") as llm:
@@ -113,7 +114,7 @@ def test_the_comparison_would_notice(change: Any, checkpoints: dict[str, tuple[P
             assert_same_logprobs(from_packed[prompt : prompt + 1], changed[prompt : prompt + 1], tolerance=1e-3)
 
 
-def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_it_runs_compiled(checkpoints: Checkpoints) -> None:
     packed, _ = checkpoints["mixtral"]
     results: list[list[Greedy]] = []
     for eager in (True, False):
@@ -122,7 +123,7 @@ def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
     assert_same_logprobs(*results, tolerance=1e-3)
 
 
-def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_transformers_model_code_gives_the_same(checkpoints: Checkpoints) -> None:
     """The config tells plain transformers to refuse; within vLLM its model code runs around our experts.
 
     In a process of its own, since vLLM then replaces parts of transformers for good.
@@ -132,10 +133,9 @@ def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Pat
         expected = generate(llm, PROMPTS, MAX_TOKENS)
     program = (
         "import json, sys\nfrom pathlib import Path\n"
-        "from tests.plugin.engine import generate, running\n"
-        "from tests.plugin.test_agreement import MAX_TOKENS, PROMPTS\n"
+        "from tests.plugin.engine import PROMPTS, generate, running\n"
         "with running(Path(sys.argv[1]), dtype='float32', model_impl='transformers') as llm:\n"
-        "    print('tokens', json.dumps([each.tokens for each in generate(llm, PROMPTS, MAX_TOKENS)]))\n"
+        f"    print('tokens', json.dumps([each.tokens for each in generate(llm, PROMPTS, {MAX_TOKENS})]))\n"
     )
     run = subprocess.run([sys.executable, "-c", program, str(packed)], capture_output=True, text=True, check=False)
     said = [line for line in run.stdout.splitlines() if line.startswith("tokens ")]
@@ -143,9 +143,7 @@ def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Pat
     assert json.loads(said[0].removeprefix("tokens ")) == [each.tokens for each in expected]
 
 
-def test_the_reference_engine_gives_the_same(
-    checkpoints: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reference_engine_gives_the_same(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = checkpoints["qwen3_moe"]
     results = []
     for engine in ("reference", "cpu"):
@@ -156,9 +154,7 @@ def test_the_reference_engine_gives_the_same(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels are served in tests/gpu")
-def test_the_triton_engine_gives_the_same(
-    checkpoints: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_triton_engine_gives_the_same(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through vLLM, in Triton's interpreter."""
     packed, _ = checkpoints["qwen3_moe"]
     results = []

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 
-from tests.plugin.conftest import TEXT, pack_and_unpack
+from tests.plugin.checkpoints import TEXT, pack_and_unpack
 from tests.plugin.engine import Greedy, assert_same_logprobs, running
 from tests.tiny import build_tiny
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin.engine import generate, running
+from tests.plugin.engine import PROMPTS, generate, running
 from tests.plugin.ranks import MAX_TOKENS
-from tests.plugin.test_agreement import PROMPTS
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
 
