@@ -1,6 +1,8 @@
 # make demo   convert a real MoE language model, serve it and ask it, on a machine without a GPU
 # make test   lint, types and tests
-# Both set up what they need in .venv; `make clean` removes it and everything they wrote.
+# make quick  lint, types and the tests that are done soon, in under 3 minutes on 2 cores: for every change. It leaves out
+#             the tests of the plugin, which start vLLM, those of the benchmarks, and what is marked `heavy`
+# They set up what they need in .venv; `make clean` removes it and everything they wrote.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,18 +16,31 @@ SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/offline/mergin
 #   make demo TORCH_INDEX="--extra-index-url <that index>"
 TORCH_INDEX ?=
 
-.PHONY: demo test clean
+.PHONY: demo test quick lint quick-tests clean
 
 demo: $(VENV)/ready $(COMPILED)
 	rm -rf demo
 	$(BIN)/python -m benchmarks.demo --work demo
 
-test: $(VENV)/ready $(COMPILED)
+# Two tests at once, since most are one thread's work. Each process has one half of the files in a row, so that the
+# fixtures of a file are made once, and when it is done it takes tests from the other's rest: neither waits at the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test: lint $(COMPILED)
+	$(PYTEST)
+
+lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-# Two files of tests at once: most tests are one thread's work, and the fixtures of a file are made once.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Types beside the tests: mypy takes a minute where it remembers nothing.
+quick: $(VENV)/ready $(COMPILED)
+	$(MAKE) --jobs 2 lint quick-tests
+
+quick-tests: $(VENV)/ready $(COMPILED)
+# Folders and not marks alone: importing vLLM to leave its tests out takes as long as many a test.
+	$(PYTEST) --ignore tests/plugin --ignore tests/benchmarks --ignore tests/gpu -m "not heavy and not slow and not gpu"
 
 clean:
 	rm -rf $(VENV) $(COMPILED) demo .cache

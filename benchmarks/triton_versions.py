@@ -96,7 +96,9 @@ def _last_line(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.triton_versions", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION", help=f"by default {VERSIONS}")
     parser.add_argument("--targets", nargs="+", default=["sm90"], metavar="TARGET", help="as of gpu_static")
     arguments = parser.parse_args()

@@ -77,7 +77,7 @@ def _tell(result: dict[str, object]) -> dict[str, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the figures go")
     parser.add_argument("--work", type=Path, default=Path(".cache/convert"), help="for the files (%(default)s)")
     args = parser.parse_args(argv)

@@ -37,7 +37,7 @@ from vllm_puzzle.offline.errors import CheckpointError
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the rows go")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of them, .svg or .png")
     parser.add_argument("--work", type=Path, default=Path(".cache/quality"), help="keeps the models (%(default)s)")

@@ -65,7 +65,9 @@ def _count(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.quality.perplexity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.perplexity", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a transformers checkpoint")
     parser.add_argument("--text", choices=get_args(TextName), default="wiki")
     parser.add_argument("--tokens", type=_count, default=16384)

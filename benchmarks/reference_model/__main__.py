@@ -21,7 +21,7 @@ from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.reference_model", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reference_model", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     parser.add_argument("--variant", choices=get_args(Variant), required=True)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="keeps the wheels (%(default)s)")

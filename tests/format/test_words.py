@@ -54,6 +54,7 @@ def test_unpack_follows_the_definition_for_all_words() -> None:
         assert torch.equal(unpack(words.to(torch.int16), member).float(), expected)
 
 
+@pytest.mark.heavy
 def test_words_that_are_never_written_are_found() -> None:
     words = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
     magnitudes = all_magnitudes()

@@ -31,6 +31,7 @@ def runtime_of(sanitizer: str) -> str:
     return subprocess.run(["g++", f"-print-file-name=lib{sanitizer}.so"], capture_output=True, text=True).stdout.strip()
 
 
+@pytest.mark.heavy
 def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     built = tmp_path / "libpuzzlemoe_cpu.so"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -11,6 +11,7 @@ from tests.kernels.engines import CPU_DTYPES
 SIZES = st.one_of(st.integers(1, 100), st.integers(1, 8).map(lambda blocks: 32 * blocks))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("engine", "dtype"), CPU_DTYPES)
 @settings(max_examples=25)
 @given(

@@ -13,6 +13,7 @@ from vllm_puzzle.kernels.triton.target import INTERPRETED
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
+@pytest.mark.heavy
 @settings(max_examples=10)
 @given(
     num_tokens=st.integers(1, 20),
@@ -41,6 +42,7 @@ def test_random_calls(
     check(Case(num_tokens, num_experts, pairs, top_k, hidden_size, intermediate_size, dtype, seed), cut)
 
 
+@pytest.mark.heavy
 @settings(max_examples=8)
 @given(
     num_tokens=st.one_of(st.integers(1, 30), st.integers(200, 500)),

@@ -20,6 +20,7 @@ from vllm_puzzle.kernels.triton.target import INTERPRETED, Target, current_targe
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
     ("num_tokens", "dtype"), [(1, torch.bfloat16), (2, torch.float16), (17, torch.bfloat16), (33, torch.float16)]
@@ -31,12 +32,14 @@ def test_numbers_of_tokens(cut: Cut, num_tokens: int, dtype: torch.dtype) -> Non
     check(case, cut)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cut", [CUTS[0], CUTS[4]])
 def test_three_hundred_tokens_and_none(cut: Cut) -> None:
     check(Case(num_tokens=300, num_experts=8, pairs=3, top_k=2, hidden_size=32, intermediate_size=16), cut)
     assert Case(num_tokens=0).run(engine=TRITON).shape == (0, 32)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cut", CUTS[1:4])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("on_input", [False, True])
@@ -44,6 +47,7 @@ def test_activations_and_router_weights(cut: Cut, activation: str, on_input: boo
     check(Case(num_tokens=9), cut, activation, on_input)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cut", [CUTS[0], CUTS[2], CUTS[3]])
 def test_adversarial_routing(cut: Cut) -> None:
     case = Case(num_tokens=20, num_experts=8, pairs=4, top_k=2)
@@ -67,6 +71,7 @@ def nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("cut", "on_input"), [(CUTS[0], False), (CUTS[1], True), (CUTS[3], False)])
 @pytest.mark.usefixtures("nan_in_new_memory")
 def test_what_is_not_finite(cut: Cut, on_input: bool) -> None:

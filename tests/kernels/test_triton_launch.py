@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json
 import torch, triton
@@ -39,6 +41,7 @@ print(json.dumps([call(5, torch.bfloat16), call(5, torch.bfloat16), call(6, torc
 """
 
 
+@pytest.mark.heavy
 def test_what_a_call_compiles() -> None:
     """With a hook that watches compilations, as in vLLM; a number of tokens alone compiles nothing again."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

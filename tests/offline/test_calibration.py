@@ -44,6 +44,7 @@ def sums_of_the_whole_model(whole: WholeModel, layer: int) -> list[torch.Tensor]
 WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("family", "overrides"), [*((family, {}) for family in FAMILIES), ("qwen2_moe", WINDOWS)])
 @torch.inference_mode()
 def test_norms_are_those_of_the_whole_model(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:

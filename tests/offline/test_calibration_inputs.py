@@ -31,6 +31,7 @@ def add_to_every_layer(name: str) -> Edit:
     return lambda tensors: tensors.update({f"model.layers.{i}.self_attn.{name}": torch.ones(8) for i in range(3)})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_leftovers_that_no_model_has_a_place_for(
     family: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -90,6 +91,7 @@ def test_a_token_that_the_embedding_does_not_have(
     assert_one_sentence(capsys, arguments, str(text), "'apples'", "token 259", "model.embed_tokens.weight", "0 to 258")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "asked",
     [

@@ -195,6 +195,7 @@ def start(slow: Path, *words: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("jobs", "number", "whole_group", "status"),
     [
@@ -226,6 +227,7 @@ def test_a_conversion_that_is_stopped(
     assert main(["verify", str(source), str(tmp_path / "packed")]) == 0
 
 
+@pytest.mark.heavy
 def test_another_conversion_that_is_alive(
     slow: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +244,7 @@ def test_another_conversion_that_is_alive(
         process.communicate()
 
 
+@pytest.mark.heavy
 def test_what_is_said_on_ctrl_c_is_true(
     source: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return build_tiny(request.param, tmp_path_factory.mktemp(request.param) / "source")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("rule", "compression", "share"),
     [("paper", 50, 0.5), ("compensated", 25, 0.75), ("saliency", 12.5, 0.875), ("paper", 12.5, 0.875), (None, 0, 1.0)],
@@ -86,6 +87,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(rule: str, tmp_
     assert read_all(tmp_path / "a").keys() != read_all(tmp_path / "c").keys()
 
 
+@pytest.mark.heavy
 def test_unpacking_gives_plain_experts_within_the_rule(source: Path, tmp_path: Path, calibration: Path) -> None:
     packed, plain = tmp_path / "packed", tmp_path / "plain"
     options = ["--calibration", str(calibration), *FEW_SEQUENCES, "--rule", "paper", "--compression", "25"]
@@ -104,6 +106,7 @@ def test_unpacking_gives_plain_experts_within_the_rule(source: Path, tmp_path: P
     assert changed == sum(".experts." in name for name in before) / 2
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rule", [["--rule", "paper"], ["--rule", "saliency", "--no-align"]], ids=" ".join)
 def test_calibration_decides_what_is_kept(rule: list[str], source: Path, tmp_path: Path, calibration: Path) -> None:
     with_calibration = ["--calibration", str(calibration), *FEW_SEQUENCES, *rule]

@@ -12,6 +12,8 @@ from tests.tiny import FAMILIES, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig
 
+pytestmark = pytest.mark.heavy
+
 TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(30))
 RULES = {
     "paper": ["--rule", "paper"],

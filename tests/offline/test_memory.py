@@ -11,6 +11,8 @@ import pytest
 from benchmarks.convert.source import MixtralSizes, write_source
 from tests.tiny import build_tiny
 
+pytestmark = pytest.mark.heavy
+
 needs_a_mark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="Linux resets its high-water mark there"
 )

@@ -11,6 +11,8 @@ from tests.offline.faulty import edit_tensors, snapshot
 from vllm_puzzle.cli import main
 from vllm_puzzle.offline.conversion.ray import RayPool
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:

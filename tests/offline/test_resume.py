@@ -47,6 +47,7 @@ class _BreakAt:
         monkeypatch.setattr(ShardWriter, "write", break_off)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", RECIPES, ids=" ".join)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_resuming_gives_the_same_bytes(
@@ -162,6 +163,7 @@ def test_a_torn_line_of_the_journal_does_not_count(
     assert shards[0] == shards[1]
 
 
+@pytest.mark.heavy
 def test_a_process_that_is_killed_leaves_what_can_be_resumed(source: Path, tmp_path: Path) -> None:
     """Nothing cleans up after SIGKILL; meanwhile no other run may write there."""
     program = (
@@ -184,6 +186,7 @@ def test_a_process_that_is_killed_leaves_what_can_be_resumed(source: Path, tmp_p
     assert main(["verify", str(source), str(tmp_path / "packed")]) == 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[2]], ids=" ".join)
 def test_processes_side_by_side_give_the_same_bytes(
     recipe: list[str], source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +201,7 @@ def test_processes_side_by_side_give_the_same_bytes(
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_what_one_of_several_processes_finds_is_said_in_one_sentence(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.plugin.engine import SERVED
+from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
 
 INDEX = "model.safetensors.index.json"
@@ -27,6 +30,24 @@ def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
     assert main(["convert", str(source), str(packed), *options]) == 0
     assert main(["unpack", str(packed), str(unpacked)]) == 0
     return packed, unpacked
+
+
+class Checkpoints:
+    """(packed, unpacked) of each family that vLLM serves on a CPU, made when it is first asked for.
+
+    Making all of them takes a minute, and most files of tests need one.
+    """
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._made: dict[str, tuple[Path, Path]] = {}
+
+    def __getitem__(self, family: str) -> tuple[Path, Path]:
+        if family not in self._made:
+            folder = self._folders.mktemp(family)
+            source = build_tiny(family, folder / "source", **SERVED[family])
+            self._made[family] = pack_and_unpack(source, folder, TEXT)
+        return self._made[family]
 
 
 def edit_config(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.plugin.checkpoints import Checkpoints
 from tests.plugin.engine import (
     ENGINE_OPTIONS,
     PROMPTS,
@@ -42,7 +43,7 @@ def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("vector_kernels")
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4_text"])
-def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: Checkpoints) -> None:
     """In bfloat16. Kernels of different machines round at different places, and a rounding can send a token elsewhere.
 
     So nothing is compared token by token: what rounding moves the log probabilities of the same texts by has to be of
@@ -59,7 +60,7 @@ def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: dict
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_three_witnesses_in_float32(family: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_three_witnesses_in_float32(family: str, checkpoints: Checkpoints) -> None:
     packed, unpacked = checkpoints[family]
     options = {"dtype": "float32", **ENGINE_OPTIONS.get(family, {})}
     with running(packed, **options) as llm:
@@ -100,7 +101,7 @@ def silence_shared_experts(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [swap_gate_and_up, swap_members, even_router_weights, silence_shared_experts])
-def test_the_comparison_would_notice(change: Any, checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_the_comparison_would_notice(change: Any, checkpoints: Checkpoints) -> None:
     """Each thing that the witnesses prove right is made wrong in one of them, and must show in the first token."""
     packed, unpacked = checkpoints["qwen2_moe"]
     with running(packed, dtype="float32") as llm:
@@ -114,7 +115,7 @@ def test_the_comparison_would_notice(change: Any, checkpoints: dict[str, tuple[P
             assert_same_logprobs(from_packed[prompt : prompt + 1], changed[prompt : prompt + 1], tolerance=1e-3)
 
 
-def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_it_runs_compiled(checkpoints: Checkpoints) -> None:
     packed, _ = checkpoints["mixtral"]
     results: list[list[Greedy]] = []
     for eager in (True, False):
@@ -123,7 +124,7 @@ def test_it_runs_compiled(checkpoints: dict[str, tuple[Path, Path]]) -> None:
     assert_same_logprobs(*results, tolerance=1e-3)
 
 
-def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Path, Path]]) -> None:
+def test_transformers_model_code_gives_the_same(checkpoints: Checkpoints) -> None:
     """The config tells plain transformers to refuse; within vLLM its model code runs around our experts.
 
     In a process of its own, since vLLM then replaces parts of transformers for good.
@@ -144,9 +145,7 @@ def test_transformers_model_code_gives_the_same(checkpoints: dict[str, tuple[Pat
     assert json.loads(said[0].removeprefix("tokens ")) == [each.tokens for each in expected]
 
 
-def test_the_reference_engine_gives_the_same(
-    checkpoints: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reference_engine_gives_the_same(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = checkpoints["qwen3_moe"]
     results = []
     for engine in ("reference", "cpu"):
@@ -157,9 +156,7 @@ def test_the_reference_engine_gives_the_same(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels are served in tests/gpu")
-def test_the_triton_engine_gives_the_same(
-    checkpoints: dict[str, tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_triton_engine_gives_the_same(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through vLLM, in Triton's interpreter."""
     packed, _ = checkpoints["qwen3_moe"]
     results = []

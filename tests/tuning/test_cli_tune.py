@@ -159,6 +159,7 @@ def test_without_time_there_is_nothing_to_save(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 @interpreted
 def test_candidates_are_compiled_ahead_for_as_long_as_there_is_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

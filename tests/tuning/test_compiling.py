@@ -12,6 +12,8 @@ from vllm_puzzle.tuning.compiling import CompilePool, compile_call
 from vllm_puzzle.tuning.gpu import HOPPER
 from vllm_puzzle.tuning.shape import LayerShape
 
+pytestmark = pytest.mark.heavy
+
 SHAPE = LayerShape("", num_experts=8, hidden_size=64, intermediate_size=64, top_k=2)
 
 
