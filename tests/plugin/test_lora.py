@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 
 from tests.plugin.checkpoints import TEXT, pack_and_unpack
-from tests.plugin.engine import assert_same_logprobs, running
+from tests.plugin.engine import assert_same_logprobs, generate, running
 from tests.tiny import build_tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13]]
