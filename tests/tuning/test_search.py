@@ -18,7 +18,7 @@ from vllm_puzzle.tuning.tuner import save
 
 SHAPE = LayerShape("Qwen3-30B-A3B", num_experts=128, hidden_size=2048, intermediate_size=768, top_k=8)
 TARGET = Target(family="sm90", device_name="untuned", num_sms=132, ptx=True)
-LIMITS = Limits(SHAPE, num_tokens=1, shared_memory=227 * 1024, warp_size=32, num_sms=132)
+LIMITS = Limits(SHAPE, num_tokens=1, shared_memory=227 * 1024, warp_size=32, num_sms=132, warp_groups=True)
 START = find_config(TARGET, SHAPE.call_sizes(1))
 # Differs from START in every field that is searched.
 GATE_UP = {"block_rows": 64, "block_k": 64, "split_k": 4, "num_warps": 8, "num_stages": 5}
@@ -91,6 +91,28 @@ def test_time_that_is_over_leaves_the_best_so_far() -> None:
 
     found = search(measure, START, LIMITS, end=time.monotonic())
     assert (found.config, found.finished, calls) == (START, False, [START])
+
+
+@pytest.mark.parametrize(
+    ("members", "block_tokens", "weights_first", "compiles"),
+    [
+        (1, 64, True, True),
+        (2, 64, True, True),
+        (1, 128, True, True),
+        (2, 32, False, True),
+        (1, 64, False, False),
+        (2, 64, False, False),
+        (1, 128, False, False),
+    ],
+)
+def test_what_needs_more_shared_memory_than_there_is_is_no_candidate(
+    members: int, block_tokens: int, weights_first: bool, compiles: bool
+) -> None:
+    """As Triton 3.6.0 and 3.7.1 compile three stages of these for sm90."""
+    tile = START.gate_up.model_copy(update={"block_rows": 256, "block_k": 128, "num_warps": 8, "num_stages": 3})
+    shared = {"members": members, "block_tokens": block_tokens, "weights_first": weights_first}
+    config = START.model_copy(update={**shared, "gate_up": tile, "down": tile})
+    assert LIMITS.allow(config, "gate_up") == LIMITS.allow(config, "down") == compiles
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 4096])

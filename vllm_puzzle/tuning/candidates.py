@@ -29,13 +29,19 @@ PROGRAMS_PER_SM = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call asks for, and what the card has; shared memory is in bytes, of one program."""
+    """What one call asks for, and what the card has.
+
+    Attributes:
+        shared_memory: bytes of it that one program can have.
+        warp_groups: groups of warps multiply from shared memory while more is loaded, as on sm90.
+    """
 
     shape: LayerShape
     num_tokens: int
     shared_memory: int
     warp_size: int
     num_sms: int
+    warp_groups: bool
 
     def allow(self, config: Config, part: Part) -> bool:
         """Whether one of the products can fit the card, and its sum has equal parts that are worth adding up."""
@@ -43,9 +49,11 @@ class Limits:
             tile, k, rows = config.gate_up, self.shape.hidden_size, 2 * self.shape.intermediate_size
         else:
             tile, k, rows = config.down, self.shape.intermediate_size, self.shape.hidden_size
-        # The pipeline holds one stage less than its depth in shared memory, or more, and always one.
+        # The pipeline holds one stage less than its depth in shared memory, or more, and always one. A group of warps
+        # takes 64 rows of its first side, and where that is the tokens, its stage is held until the product is done.
+        grouped = self.warp_groups and not config.weights_first and config.block_tokens >= 64
         staged = 2 * (tile.block_rows + config.members * config.block_tokens) * tile.block_k
-        if staged * max(1, tile.num_stages - 1) > self.shared_memory:
+        if staged * (tile.num_stages if grouped else max(1, tile.num_stages - 1)) > self.shared_memory:
             return False
         accumulators = tile.block_rows * config.block_tokens * config.members
         if accumulators > ACCUMULATOR_REGISTERS * self.warp_size * tile.num_warps:

@@ -47,7 +47,7 @@ def save(path: Path, configs: dict[int, Config]) -> None:
 
 
 def limits_of(gpu: Gpu, shape: LayerShape, num_tokens: int) -> Limits:
-    return Limits(shape, num_tokens, gpu.shared_memory, gpu.warp_size, gpu.num_sms)
+    return Limits(shape, num_tokens, gpu.shared_memory, gpu.warp_size, gpu.num_sms, warp_groups=gpu.family == "sm90")
 
 
 def start_of(gpu: Gpu, shape: LayerShape, num_tokens: int) -> Config:
