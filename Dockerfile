@@ -17,7 +17,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libnuma1 libgomp1 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheels /wheels
-# The same three mends as in the Makefile, where each is explained.
+# The same three workarounds as in the Makefile, where each is explained.
 RUN pip install --no-cache-dir ${TORCH_INDEX} "torch==2.13.0+cpu" \
     && pip install --no-cache-dir ${TORCH_INDEX} "$(ls /wheels/vllm_puzzle-*.whl)[cpu]" \
     && pip uninstall --yes torchvision torchaudio torchcodec \

