@@ -129,7 +129,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         if not self._dummy_weights:
             self._loader.finish()
         if self._reloading:
-            # Again: where an error of vLLM's own ended the last reload, this one began without asking.
+            # Again: a layer that was taken away is on the meta device already and was not asked when this began.
             self._check_checkpoint()
         w13, w2 = layer.w13_weight_packed, layer.w2_weight_packed
         self._engine.prepare(w13, w2, self._max_num_tokens, self.moe.experts_per_token)
