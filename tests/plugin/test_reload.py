@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.plugin.checkpoints import edit_config
 from tests.plugin.engine import generate, running
-from tests.tiny import build_tiny
+from tests.tiny import build_tiny, remove_tensors
 from vllm_puzzle.cli import main
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
@@ -104,19 +106,29 @@ def test_other_slots_are_refused_and_the_engine_runs_on(
     (short / "model.safetensors.index.json").write_text(json.dumps(index))
     # vLLM reads all that a shard holds, whatever the index says.
     save_file({name: tensor for name, tensor in load_file(shard).items() if name != lost}, shard, {"format": "pt"})
+    dense = [f"model.{name}.weight" for name in ("layers.1.self_attn.q_proj", "layers.1.self_attn.o_proj", "norm")]
+    for name in (*dense, "lm_head.weight"):
+        remove_tensors(copytree(models["other"], tmp_path / name), {name})
+    family = copytree(models["other"], tmp_path / "family")
+    edit_config(family, lambda config: config.update(architectures=["MixtralForCausalLM"], model_type="mixtral"))
     refused = {
         "other pairs": "pairs cannot be reloaded into the running model, .*: slot 0 of layer 0 holds experts .* there",
         "fewer pairs": r"fewer cannot be reloaded .*layer \d has \d pairs of 8 experts there and 4 of 8 in the running",
         "source": "source/config.json has no quantization_config, so its experts are not packed",
         "short": lost.split("experts.")[1],
         "nowhere": "nowhere cannot be reloaded: there is no config.json",
+        "family": "its architecture is MixtralForCausalLM there and Qwen3MoeForCausalLM in the running model",
+        **{name: f"lacks 1 tensor that the model of config.json needs: {name}" for name in (*dense, "lm_head.weight")},
     }
     with running(models["packed"], **ENGINES[engine]) as llm:
         before = tokens(llm)
         for model, message in refused.items():
             with pytest.raises(Exception, match=message):
-                reload(llm, weights_path=str({**models, "short": short, "nowhere": tmp_path / "nowhere"}[model]))
+                reload(llm, weights_path=str(models.get(model, tmp_path / model)))
             assert tokens(llm) == before, model
+        # What was refused is not what runs.
+        reload(llm)
+        assert tokens(llm) == before
         # Also after a reload that went well.
         reload(llm, weights_path=str(models["packed"]))
         with pytest.raises(Exception, match="cannot be reloaded into the running model"):
@@ -152,6 +164,65 @@ def test_a_reload_that_ends_halfway_computes_nothing_until_the_next(
                 llm.collective_rpc("execute_dummy_batch")
             reload(llm, weights_iterator=iter(whole))
             assert tokens(llm) == of_other
+
+
+def spoiled(model: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy with other tensors in its last shard, whose names and shapes do not say so beforehand."""
+    copytree(model, folder)
+    shard = max(folder.glob("*.safetensors"))
+    tensors = load_file(shard)
+    edit(tensors)
+    save_file(tensors, shard, {"format": "pt"})
+    return folder
+
+
+def words_as_floats(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: words.float() for name, words in tensors.items() if name.endswith("weight_packed")})
+
+
+def ending(weights: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from weights
+    raise RuntimeError("the trainer is gone")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_an_error_the_weights_before_it_run_on(
+    engine: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of vLLM or of ours, also where weights had been copied; those that a trainer sent cannot be had again."""
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
+    strange = spoiled(models["other"], tmp_path / "strange", lambda tensors: tensors.update(strange=torch.zeros(1)))
+    floats = spoiled(models["other"], tmp_path / "floats", words_as_floats)
+    whole = tensors_of(models["other"])
+    with running(models["packed"], **ENGINES[engine]) as llm:
+        before = tokens(llm)
+        for model, message in ((strange, "no module or parameter named 'strange'"), (floats, "this model needs")):
+            with pytest.raises(Exception, match=message):
+                reload(llm, weights_path=str(model))
+            assert tokens(llm) == before
+        with pytest.raises(Exception, match="the trainer is gone"):
+            reload(llm, weights_iterator=ending([]))
+        assert tokens(llm) == before
+        with pytest.raises(Exception, match="the trainer is gone"):
+            reload(llm, weights_iterator=ending(whole[: len(whole) // 2]))
+        assert tokens(llm) == before
+        reload(llm, weights_path=str(models["other"]))
+        of_other = tokens(llm)
+        assert of_other != before
+        with pytest.raises(Exception, match="no module or parameter"):
+            reload(llm, weights_path=str(strange))
+        assert tokens(llm) == of_other
+        reload(llm, weights_iterator=iter(tensors_of(models["packed"])))
+        assert tokens(llm) == before
+        with pytest.raises(Exception, match="the trainer is gone"):
+            reload(llm, weights_iterator=ending(whole[: len(whole) // 2]))
+        for _ in range(2):
+            with pytest.raises(Exception, match=r"reloading them failed; load them again"):
+                llm.collective_rpc("execute_dummy_batch")
+            with pytest.raises(Exception, match="cannot be reloaded into the running model"):
+                reload(llm, weights_path=str(models["other pairs"]))
+        reload(llm, weights_iterator=iter(whole))
+        assert tokens(llm) == of_other
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels are served in tests/gpu")

@@ -5,15 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 from openai import OpenAI
 
 from benchmarks.demo.server import serving
+from tests.plugin.checkpoints import edit_shard
 from tests.plugin.engine import generate, running
-from tests.tiny import build_tiny
+from tests.tiny import build_tiny, remove_tensors
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
@@ -30,6 +34,10 @@ def test_chat_completion_and_stream_over_http(
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     # For `collective_rpc` over HTTP.
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    lacking = copytree(chat_model, tmp_path / "lacking")
+    remove_tensors(lacking, {"model.layers.1.self_attn.q_proj.weight"})
+    strange = copytree(chat_model, tmp_path / "strange")
+    edit_shard(strange, lambda tensors: tensors.update(strange=torch.zeros(1)), follow=True)
     prompt = "three pears and"
     options = ("--quantization", "puzzlemoe", "--dtype", "float32")
     with serving(chat_model, tmp_path / "server.log", *options) as server:
@@ -60,6 +68,10 @@ def test_chat_completion_and_stream_over_http(
             )
         ]
         assert post(server.base_url, "collective_rpc", {"method": "reload_weights"}) == 200
+        for model in (lacking, strange):
+            weights = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+            with pytest.raises(HTTPError, match="500"):
+                post(server.base_url, "collective_rpc", weights)
         reloaded = client.completions.create(
             model=str(chat_model), prompt=prompt, temperature=0, max_tokens=16, extra_body={"ignore_eos": True}
         )

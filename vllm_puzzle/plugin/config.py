@@ -38,6 +38,7 @@ class PuzzleMoEConfig(QuantizationConfig):
             )
         self.quantization = quantization
         self._num_hidden_layers: int | None = None
+        self._hf_config: Any = None
 
     @classmethod
     def get_name(cls) -> str:
@@ -71,20 +72,29 @@ class PuzzleMoEConfig(QuantizationConfig):
         Raises:
             FormatError: a tensor that is missing, misshapen or unexpected, by name, or a broken index or shard.
         """
+        self._hf_config = hf_config
         self._num_hidden_layers = getattr(hf_config, "num_hidden_layers", None)
         if getattr(hf_config, "_experts_implementation", None) == QUANT_METHOD:
             # Plain transformers is to refuse, having no kernels for packed experts. With --model-impl transformers
             # the experts are vLLM's.
             hf_config._experts_implementation = None
+        self.check_tensors(model_name, revision)
+
+    def check_tensors(self, model_name: str, revision: str | None) -> None:
+        """Checks that a checkpoint has the tensors of this config's model: the packed ones and all others.
+
+        Raises:
+            FormatError: as `maybe_update_config`.
+        """
         shapes = read_shapes(model_name, revision)
         if shapes:
             check_packed_names(shapes, self.quantization, model_name)
-            if hf_config is not None and is_defined(hf_config):
-                self._check_dense(shapes, hf_config, model_name)
+            if self._hf_config is not None and is_defined(self._hf_config):
+                self._check_dense(shapes, model_name)
 
-    def _check_dense(self, shapes: Shapes, hf_config: Any, model_name: str) -> None:
+    def _check_dense(self, shapes: Shapes, model_name: str) -> None:
         try:
-            expected = dense_tensors(empty_model(hf_config), [each.layer for each in self.quantization.layers])
+            expected = dense_tensors(empty_model(self._hf_config), [each.layer for each in self.quantization.layers])
         except FormatError as error:
             # vLLM's own model may well take what transformers' does not.
             logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)
@@ -98,7 +108,7 @@ class PuzzleMoEConfig(QuantizationConfig):
 
             slots = self._slots(prefix)
             # None leaves the layer's experts to vLLM, as they are.
-            return None if slots is None else PuzzleMoEMethod(slots, self.quantization, layer)
+            return None if slots is None else PuzzleMoEMethod(slots, self, layer)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None

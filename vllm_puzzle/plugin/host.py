@@ -8,6 +8,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.platforms import current_platform
@@ -31,6 +32,7 @@ __all__ = [
     "get_current_vllm_config",
     "get_hf_file_bytes",
     "get_hf_file_to_dict",
+    "get_model_loader",
     "initialize_layerwise_reload",
     "logger",
     "register_quantization_config",

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
-from ..format import FormatError, LayerSlots, PuzzleMoEQuantizationConfig, word_layout
+from ..format import FormatError, LayerSlots, word_layout
 from ..kernels import choose_engine
+from .config import PuzzleMoEConfig
 from .host import FusedMoEMethodBase, RoutedExperts, current_platform, get_current_vllm_config, logger
 from .loader import PackedExpertLoader, Projection
 from .lora import refuse_expert_adapters
+from .recovery import Recovery
 from .refusals import refuse_to_save, refuse_unsupported
-from .reload import PackedParameter, check_same_slots, end_round, put_running_weights_back, wait_for_weights
+from .reload import PackedParameter, check_checkpoint
 
 
 class PuzzleMoEMethod(FusedMoEMethodBase):
@@ -23,8 +25,9 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         FormatError: expert parallelism would split a pair, or the sizes are not the checkpoint's.
     """
 
-    def __init__(self, slots: LayerSlots, quantization: PuzzleMoEQuantizationConfig, layer: RoutedExperts) -> None:
+    def __init__(self, slots: LayerSlots, config: PuzzleMoEConfig, layer: RoutedExperts) -> None:
         super().__init__(layer.moe_config)
+        self._config, quantization = config, config.quantization
         device, layout = torch.device(current_platform.device_type), word_layout(quantization.bits)
         self._engine = choose_engine(device, layer.moe_config.in_dtype, layout)
         self._engine_name = self._engine.name
@@ -51,7 +54,8 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
                 f"with a larger --max-expert-parallel"
             ) from None
         self._loader: PackedExpertLoader | None = None
-        self._reloading = self._waiting = False
+        self._reloading = False
+        self._recovery = Recovery.of(config, vllm_config)
         # Weakly, as vLLM keeps what it knows of a layer only as long as the layer lives, and parameters lead here.
         self._layer = weakref.ref(layer)
         self._model_config = vllm_config.model_config
@@ -117,7 +121,7 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
             self._abandon_reload()
             raise
         if self._reloading:
-            end_round(layer)
+            self._recovery.end_round(layer)
         self._reloading = False
 
     def _process(self, layer: RoutedExperts) -> None:
@@ -125,37 +129,29 @@ class PuzzleMoEMethod(FusedMoEMethodBase):
         if not self._dummy_weights:
             self._loader.finish()
         if self._reloading:
-            # Again: where an error of vLLM's own ended the last reload, this one began without asking.
-            self._check_slots()
+            # Again: a layer that was taken away is on the meta device already and was not asked when this began.
+            self._check_checkpoint()
         w13, w2 = layer.w13_weight_packed, layer.w2_weight_packed
         self._engine.prepare(w13, w2, self._max_num_tokens, self.moe.experts_per_token)
         self._check_words(layer)
 
     def _begin_reload(self) -> None:
-        """Raises FormatError where the checkpoint is packed otherwise; the engine then runs on as it did."""
+        """Raises FormatError where the checkpoint is not this model's; the engine then runs on as it did."""
+        layer = self._layer()
         assert self._loader is not None
+        assert layer is not None
         self._loader.start()
-        if self._waiting:
-            return
-        try:
-            self._check_slots()
-        except Exception:
-            put_running_weights_back(self._model_config)
-            raise
+        self._recovery.begin(layer, self._check_checkpoint)
         self._reloading = True
 
-    def _check_slots(self) -> None:
-        model = self._model_config.model
-        check_same_slots(model, self._model_config.revision, self._quantization, required=model != self._served)
+    def _check_checkpoint(self) -> None:
+        check_checkpoint(self._model_config, self._config, required=self._model_config.model != self._served)
 
     def _abandon_reload(self) -> None:
         """Leaves the model to a later reload where this one ends halfway, with words of two checkpoints in it."""
         layer = self._layer()
         if self._reloading and layer is not None:
-            put_running_weights_back(self._model_config)
-            self._waiting = True
-            wait_for_weights(layer)
-            self._waiting = False
+            self._recovery.take_away(layer)
 
     def _check_words(self, layer: RoutedExperts) -> None:
         for name in ("w13_weight_packed", "w2_weight_packed"):

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..format import FormatError, PuzzleMoEQuantizationConfig
 from .config import PuzzleMoEConfig
-from .host import LAYERWISE_INFO, finalize_layerwise_reload, get_hf_file_to_dict, initialize_layerwise_reload
+from .host import get_hf_file_to_dict
 
 
 class PackedParameter(torch.nn.Parameter):
@@ -57,79 +57,79 @@ class PackedParameter(torch.nn.Parameter):
         self._weight_loader = self._own_loader
 
 
-def check_same_slots(model: str, revision: str | None, running: PuzzleMoEQuantizationConfig, required: bool) -> None:
-    """Whether a checkpoint's experts are packed as those of the running model; raises FormatError where they are not.
+def check_checkpoint(model_config: Any, running: PuzzleMoEConfig, required: bool) -> None:
+    """Whether the checkpoint that a vLLM ModelConfig names can be loaded into the running model.
 
     Without `required` a checkpoint whose config.json cannot be had passes: its weights may come from elsewhere.
+
+    Raises:
+        FormatError: it is another model's, packed otherwise, or lacks a tensor that the running model has.
     """
-    stamps = tuple(_stamp(Path(model) / name) for name in ("config.json", "model.safetensors.index.json"))
-    found = _read_checked(model, revision, stamps)
-    if found is None:
-        if required:
-            raise FormatError(
-                f"{model} cannot be reloaded: there is no config.json to say how its experts are packed; give the "
-                f"folder of a packed checkpoint"
-            )
-        return
-    difference = _difference(found, running)
-    if difference is not None:
+    model = model_config.model
+    found = _check_folder(model, model_config.revision, running, _architectures(model_config), file_stamps(Path(model)))
+    if required and not found:
         raise FormatError(
-            f"{model} cannot be reloaded into the running model, whose experts are packed otherwise: {difference}; "
-            f"start the server again with it"
+            f"{model} cannot be reloaded: there is no config.json to say how its experts are packed; give the "
+            f"folder of a packed checkpoint"
         )
 
 
-def put_running_weights_back(model_config: Any) -> None:
-    """Ends a reload that has failed: every layer that still waits for weights gets back the tensors it ran with."""
-    waiting = [(layer, info) for layer, info in LAYERWISE_INFO.items() if info.can_load()]
-    for layer, info in waiting:
-        end_round(layer)
-        info.loaded_weights.clear()
-        # Nothing has come and nothing is expected, which to vLLM means: as it was.
-        info.load_numel = info.load_numel_total = 0
-    finalize_layerwise_reload(torch.nn.ModuleList(layer for layer, _ in waiting), model_config)
-
-
-def end_round(layer: torch.nn.Module) -> None:
-    """Makes the next reload of a layer begin as the first one did."""
-    parameters, _ = LAYERWISE_INFO[layer].restore_metadata
-    for parameter in parameters.values():
-        if isinstance(parameter, PackedParameter):
-            parameter.unwrap()
-
-
-def wait_for_weights(layer: torch.nn.Module) -> None:
-    """Takes a layer's tensors away until a reload brings them: no call computes with words of two checkpoints."""
-    initialize_layerwise_reload(layer)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
+def file_stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Tells the files of a folder from those that are put in their place later."""
     try:
-        stat = os.stat(path)
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith((".json", ".safetensors"))]
     except OSError:
+        return ()
+    return tuple(sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))
+
+
+def _architectures(model_config: Any) -> tuple[str, ...] | None:
+    """The running model's architectures; None where --hf-overrides may have replaced those of config.json."""
+    overrides = model_config.hf_overrides
+    if callable(overrides) or "architectures" in overrides:
         return None
-    return stat.st_mtime_ns, stat.st_size
+    return tuple(model_config.hf_config.architectures or ())
 
 
-# Every layer asks, of the same checkpoint; the stamps are there to tell a folder that was replaced.
+# Every layer asks, of the same checkpoint. A refusal is not kept: it ends the reload.
 @lru_cache(maxsize=1)
-def _read_checked(model: str, revision: str | None, stamps: tuple[Any, ...]) -> PuzzleMoEQuantizationConfig | None:
+def _check_folder(
+    model: str,
+    revision: str | None,
+    running: PuzzleMoEConfig,
+    architectures: tuple[str, ...] | None,
+    stamps: tuple[Any, ...],
+) -> bool:
+    """Whether there is a config.json; raises FormatError as `check_checkpoint`."""
     try:
         config = get_hf_file_to_dict("config.json", model, revision)
     except HFValidationError:
         # Neither a folder nor a name that a repository could have.
         config = None
     if config is None:
-        return None
+        return False
     section = config.get("quantization_config")
     if section is None:
         raise FormatError(
             f"{model}/config.json has no quantization_config, so its experts are not packed and cannot be reloaded "
             f"into a model whose experts are; start the server again with it"
         )
-    found = PuzzleMoEConfig.from_config(section)
-    found.maybe_update_config(model)
-    return found.quantization
+    there = tuple(config.get("architectures") or ())
+    if architectures and there and there != architectures:
+        raise FormatError(
+            f"{model} cannot be reloaded into the running model, which is another one: its architecture is "
+            f"{', '.join(there)} there and {', '.join(architectures)} in the running model; start the server again "
+            f"with it"
+        )
+    difference = _difference(PuzzleMoEConfig.from_config(section).quantization, running.quantization)
+    if difference is not None:
+        raise FormatError(
+            f"{model} cannot be reloaded into the running model, whose experts are packed otherwise: {difference}; "
+            f"start the server again with it"
+        )
+    running.check_tensors(model, revision)
+    return True
 
 
 def _difference(found: PuzzleMoEQuantizationConfig, running: PuzzleMoEQuantizationConfig) -> str | None:
