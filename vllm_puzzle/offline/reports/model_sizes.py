@@ -15,7 +15,7 @@ from vllm_puzzle.format import INDEX_FILE
 
 from ..checkpoints.checkpoint import HUB_ID, read_weight_map
 from ..checkpoints.dense import build_model, check_dense
-from ..checkpoints.expert_tensors import check_experts, expected_experts, layer_names
+from ..checkpoints.expert_tensors import check_expert_places, check_experts, expected_experts, layer_names
 from ..checkpoints.families import MoEShape, find_moe_shape
 from ..checkpoints.fp8 import SCALE_SUFFIX, block_size, scaled_bytes
 from ..checkpoints.model_config import read_config, read_json
@@ -84,6 +84,7 @@ def _from_index(
             f"{lacking[0]}; the two are not of one checkpoint, so copy or download both again"
         )
     on_hub = dict.fromkeys(shape.hub_name(name) for name in names)
+    check_expert_places(on_hub, shape, str(index))
     check_dense(on_hub, build_model(config), shape, index, "download it again")
     dtype: torch.dtype = config.dtype or torch.bfloat16
     plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
