@@ -35,8 +35,10 @@ def is_defined(config: Any) -> bool:
     return model.__name__.lower() in [architecture.lower() for architecture in config.architectures or []]
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: Any, where: str = "this config.json") -> Any:
     """transformers' own causal model of a PretrainedConfig, bfloat16, on the meta device: it has no weights.
+
+    `where` is what an error message calls the config.
 
     Raises:
         FormatError: transformers cannot build it.
@@ -54,7 +56,12 @@ def empty_model(config: Any) -> Any:
     except Exception as error:
         # Whatever a config can break in a model's constructor.
         reason = " ".join(str(error).split())
-        raise FormatError(f"transformers cannot build the model of this config.json: {reason}") from None
+        if isinstance(error, LookupError):
+            # Its text is a name alone.
+            reason = f"it does not know {reason}"
+        raise FormatError(
+            f"transformers cannot build the model of {where}: {reason}; correct the value that it stumbles over"
+        ) from None
 
 
 def dense_tensors(model: Any, moe_layers: Collection[int]) -> dict[str, tuple[int, ...]]:

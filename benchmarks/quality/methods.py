@@ -117,7 +117,9 @@ def walk(
     it before going on.
     """
     checkpoint, shape = model.checkpoint, model.shape
-    calibrator = Calibrator(checkpoint, build_model(model.config), token_ids, torch.device("cpu"))
+    calibrator = Calibrator(
+        checkpoint, build_model(model.config, checkpoint.path / "config.json"), token_ids, torch.device("cpu")
+    )
     hidden = calibrator.embed()
     for layer in range(shape.num_hidden_layers):
         routed = calibrator.run(layer, hidden)

@@ -50,7 +50,7 @@ def round_experts(source: Path, destination: Path, to: Format) -> None:
     checkpoint = Checkpoint(source)
     shape = find_moe_shape(checkpoint.config, str(source / "config.json"))
     check_experts(checkpoint, shape)
-    check_destination(destination)
+    check_destination(destination, source)
     check_room(destination, checkpoint.num_bytes)
     experts = expected_experts(shape)
     rounding = round_to_fp8 if to == "fp8" else round_to_int4

@@ -58,7 +58,7 @@ def test_norms_are_those_of_the_whole_model(family: str, overrides: dict[str, An
     assert token_ids.shape == (4, 256)
     assert (text.record.sequences, text.record.sequence_length) == (4, 256)
     assert torch.equal(token_ids.flatten(), torch.tensor(AutoTokenizer.from_pretrained(path)(TEXT).input_ids)[:1024])
-    calibrator = Calibrator(checkpoint, build_model(config), token_ids, torch.device("cpu"))
+    calibrator = Calibrator(checkpoint, build_model(config, "config.json"), token_ids, torch.device("cpu"))
     hidden = calibrator.embed()
     whole = run_whole_model(path, token_ids, shape)
     for layer in range(shape.num_hidden_layers):

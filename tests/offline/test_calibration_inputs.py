@@ -215,15 +215,37 @@ def test_a_text_is_read_as_far_as_it_is_wanted(source: Path, tmp_path: Path) -> 
     """The record is of the whole file, the tokens are of its first part, and that part may be all."""
     checkpoint = SourceCheckpoint(source)
     text = tmp_path / "text"
-    for content in ("a b\r\nc ", "a b\r\nc " * 40_000):
+    for content in ("a b\r\nc " * 10, "a b\r\nc " * 40_000):
         text.write_bytes(content.encode())
         read = read_calibration_text(text, checkpoint, checkpoint.config, 2)
         ids = read.token_ids
         assert read.record.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
         # A byte is a token there, and the sequence no longer than the model's longest.
-        assert ids.shape == ((1, 7) if len(content) == 7 else (2, 256))
+        assert ids.shape == ((1, 70) if len(content) == 70 else (2, 256))
         whole = load_tokenizer(source)(content, verbose=False).input_ids
         assert ids.flatten().tolist() == whole[: ids.numel()]
+
+
+@pytest.mark.parametrize(("family", "least"), [("mixtral", 64), ("llama4_text", 128)])
+def test_a_text_of_too_few_tokens(family: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of the 8 experts, of which a token goes to two or to one, needs to see some."""
+    source, text = build_tiny(family, tmp_path / "source"), tmp_path / "text"
+    arguments = ["convert", str(source), str(tmp_path / "packed"), "--rule", "paper", "--calibration", str(text)]
+    for count in (0, 2, least - 1):
+        text.write_text("hi" * (count // 2) + "!" * (count % 2))
+        assert_one_sentence(capsys, arguments, str(text), f"has {count} tokens", f"at least {least}", "give some pages")
+    assert not (tmp_path / "packed").exists()
+    text.write_text("hi" * (least // 2))
+    assert main(arguments) == 0
+
+
+def test_one_sequence_is_enough(source: Path, tmp_path: Path) -> None:
+    """Of a model that takes no more at once than the text has."""
+    edit_config(source, max_position_embeddings=32)
+    (tmp_path / "text").write_text("hi" * 16)
+    checkpoint = SourceCheckpoint(source)
+    read = read_calibration_text(tmp_path / "text", checkpoint, checkpoint.config, 1)
+    assert read.token_ids.shape == (1, 32)
 
 
 @pytest.mark.parametrize("place", [10, (1 << 20) - 1, 3 << 20])

@@ -151,7 +151,7 @@ def test_experts_that_fire_together_become_mates(
     numbers = []
     for pairing, sentence in (("coactivation", said), ("loss", by_loss)):
         found = re.search(
-            rf"^pairing {pairing}: 12 pairs, 4 to 4 a layer; estimated loss ([\d.e-]+) of the residual stream's "
+            rf"^pairing {pairing}: 12 pairs, 4 a layer; estimated loss ([\d.e-]+) of the residual stream's "
             r"energy a layer, mates fire together on ([\d.]+)% of the tokens that reach either$",
             sentence,
             re.MULTILINE,

@@ -51,7 +51,7 @@ def test_a_file_says_what_the_command_line_does_not(source: Path, tmp_path: Path
         ("seed: [1, 2]", "seed is a list"),
         ("- rule", "no mapping"),
         ("rule: 'paper", "cannot be read as YAML"),
-        (None, "cannot be read as YAML"),
+        (None, "cannot be read: No such file or directory; give a file"),
     ],
 )
 def test_a_file_without_sense_is_a_usage_error(

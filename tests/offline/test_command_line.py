@@ -282,10 +282,32 @@ def test_the_command_line_of_a_shell(source: Path, tmp_path: Path) -> None:
         r"\d+ MB of memory",
         cost,
     )
-    assert pairing == "pairing random: 12 pairs, 4 to 4 a layer"
+    assert pairing == "pairing random: 12 pairs, 4 a layer"
     again = run("vllm_puzzle.convert", str(source), str(tmp_path / "packed"))
     assert again.returncode == 1
     assert again.stderr == f"error: {tmp_path / 'packed'} exists already; choose another name or remove it\n"
     usage = run("vllm_puzzle.convert", str(source), str(tmp_path / "other"), "--rule", "magic")
     assert usage.returncode == 2
     assert "Traceback" not in usage.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "", "out"],
+        ["convert", "source", ""],
+        ["convert", "source", "out", "--calibration", ""],
+        ["verify", "source", ""],
+        ["unpack", "", "out"],
+        ["plan", ""],
+        ["inspect", "packed", "--html", ""],
+        ["tune", ""],
+    ],
+    ids=" ".join,
+)
+def test_no_path_is_empty(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a shell variable has no value: the current folder is not meant."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "is empty; give a path" in capsys.readouterr().err

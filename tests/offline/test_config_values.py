@@ -27,7 +27,7 @@ def read(path: Path) -> None:
     check_experts(checkpoint, checkpoint.shape)
     size_model(read_model_sizes(str(path)), 50, None, 0.9, SPEED)
     token_ids = torch.ones(1, 4, dtype=torch.long)
-    Calibrator(checkpoint, build_model(checkpoint.config), token_ids, torch.device("cpu")).embed()
+    Calibrator(checkpoint, build_model(checkpoint.config, "config.json"), token_ids, torch.device("cpu")).embed()
 
 
 # What each family's own layers and experts are computed from, beside what all families have.
@@ -93,6 +93,8 @@ def test_no_value_of_a_config_ends_in_a_traceback(family: str, name: str, source
         ("mixtral", {"num_experts_per_tok": 9}, ("num_experts_per_tok 9", "from 1 to 8")),
         ("mixtral", {"num_attention_heads": 0}, ("num_attention_heads",)),
         ("mixtral", {"num_hidden_layers": 10**9}, ("num_hidden_layers 1000000000",)),
+        ("mixtral", {"architectures": "MixtralForCausalLM"}, ("architectures 'MixtralForCausalLM'", "a list")),
+        ("mixtral", {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, ("'nonsense'", "correct")),
         ("mixtral", {"dtype": "auto"}, ("cannot read",)),
         ("mixtral", {"router_aux_loss_coef": "0"}, ("router_aux_loss_coef", "expected float, got str")),
         ("qwen2_moe", {"decoder_sparse_step": 0}, ("decoder_sparse_step 0", "at least 1")),
@@ -163,3 +165,42 @@ def test_a_config_that_is_not_of_the_packed_experts(
 def test_nesting_beyond_reason(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (source / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
     assert_one_sentence(capsys, ["plan", str(source)], "config.json cannot be read as JSON")
+
+
+@pytest.mark.parametrize("value", ["x", [], 3])
+def test_a_quantization_config_that_is_no_object(
+    value: object, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(source, quantization_config=value)
+    for arguments in (["convert", str(source), str(tmp_path / "packed")], ["plan", str(source)]):
+        parts = (str(source / "config.json"), f"quantization_config {value!r}", "an object is expected")
+        assert_one_sentence(capsys, arguments, *parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parts"),
+    [
+        ("mixtral", {"hidden_act": "relu"}, ("hidden_act 'relu'", "'silu', 'gelu', 'gelu_pytorch_tanh'", "unpacked")),
+        ("deepseek_v3", {"n_group": 3}, ("n_group 3", "does not divide its 8 experts")),
+        ("granitemoe", {"logits_scaling": 0}, ("logits_scaling 0", "correct it")),
+    ],
+)
+def test_what_could_not_be_served_is_not_converted(
+    family: str,
+    changes: dict[str, object],
+    parts: tuple[str, ...],
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = sources[family]
+    with edited(source, **changes):
+        for arguments in (["convert", str(source), str(tmp_path / "new")], ["plan", str(source)]):
+            assert_one_sentence(capsys, arguments, str(source / "config.json"), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_other_activations_that_can_be_served(activation: str, source: Path, tmp_path: Path) -> None:
+    edit_config(source, hidden_act=activation)
+    assert main(["convert", str(source), str(tmp_path / "packed"), "--rule", "paper"]) == 0

@@ -102,6 +102,19 @@ def test_down_is_asked_to_make_up_for_gate_and_up(routed: RoutedTokens) -> None:
         torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize("align", [False, True])
+def test_few_tokens_do_not_make_weights_explode(align: bool, num_tokens: int) -> None:
+    """Far fewer than there are inputs, so they tell of few directions alone; as much is lacking as comes out."""
+    experts, few = small_experts(), small_tokens(num_tokens)
+    output = few.through(experts)
+    lacking = output.norm() / num_tokens**0.5 * DIRECTION.expand_as(output)
+    packed = merge_layer(experts, slots_of(PAIRS), Recipe(rules.COMPENSATED, align), few, lacking.clone())
+    assert packed.statistics.relative_error < 0.5
+    left = lacking + output - few.through(packed.experts)
+    assert float(left.norm()) < 0.8 * float(lacking.norm())
+
+
 def test_an_expert_alone_stays_as_it_was(routed: RoutedTokens) -> None:
     experts = small_experts()
     drift = DIRECTION.repeat(len(routed), 1)

@@ -23,6 +23,27 @@ def test_destinations(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert_refused(["convert", str(tmp_path / "none"), str(tmp_path / "p")], tmp_path, capsys, "is not a directory")
 
 
+@pytest.mark.parametrize("through_link", [False, True])
+@pytest.mark.parametrize("command", ["convert", "unpack"])
+def test_no_folder_in_what_is_read(
+    command: str, through_link: bool, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "sub").mkdir()
+    (tmp_path / "link").symlink_to(source)
+    around = tmp_path / "link" if through_link else source
+    for destination in (around / "packed", around / "sub" / "packed"):
+        assert_refused([command, str(source), str(destination)], tmp_path, capsys, f"{destination} lies in {source}")
+    beside = f"{source}-packed"
+    assert main(["convert", str(source), beside, "--rule", "paper"]) == 0
+
+
+@pytest.mark.skipif(not os.access("/proc", os.W_OK), reason="needs a user who may write everywhere")
+def test_a_file_system_without_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(
+        ["convert", str(source), "/proc/packed"], tmp_path, capsys, "/proc is on a file system that holds no"
+    )
+
+
 @pytest.mark.parametrize("command", ["convert", "unpack"])
 def test_destinations_that_cannot_be_made(
     command: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -104,7 +125,7 @@ def test_nothing_is_replaced_that_was_made_while_unpacking(
 def test_a_disk_without_room(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000, total=10**12))
     assert_refused(
         ["convert", str(source), str(tmp_path / "packed")],
         tmp_path,

@@ -11,6 +11,8 @@ from tests.offline.faulty import assert_refused
     ("options", "parts"),
     [
         (["--tau", "1.5"], ("--tau 1.5",)),
+        (["--tau", "0.3"], ("--tau 0.3", "--rule paper", "leave out --tau")),
+        (["--rule", "saliency", "--tau", "0.4"], ("--tau 0.4", "--rule paper", "leave out --tau")),
         (["--compression", "60"], ("--compression 60", "50 is the most")),
         (["--max-expert-parallel", "3"], ("--max-expert-parallel 3", "8 experts")),
         (["--max-expert-parallel", "0"], ("--max-expert-parallel 0",)),

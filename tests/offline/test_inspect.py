@@ -166,6 +166,19 @@ def test_losses_are_those_of_the_manifest(
         assert layer.slots + layer.pairs == NUM_EXPERTS
 
 
+def test_without_calibration_no_loss_is_told(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even one that an earlier version wrote into the manifest."""
+    write_manifest(packed)
+    edit_provenance(packed, calibration=None)
+    inspection = inspected(capsys, packed, "--html", str(packed / "page.html"))
+    assert {layer.estimated_loss for layer in inspection.layers} == {None}
+    assert main(["inspect", str(packed)]) == 0
+    text, page = capsys.readouterr().out, (packed / "page.html").read_text()
+    assert [row[5:] for row in table_rows(text)] == [["not estimated", f"0.2{digit}00"] for digit in "567"]
+    assert "Estimated loss: not estimated." in page
+    assert "residual stream" not in text + page
+
+
 def test_without_a_manifest_losses_are_not_recorded(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (packed / MANIFEST_FILE).unlink(missing_ok=True)
     inspection = inspected(capsys, packed, "--html", str(packed / "page.html"))

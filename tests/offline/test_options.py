@@ -36,9 +36,14 @@ TEXT = Path("text")
     ],
 )
 def test_what_is_left_open_is_tried_from_the_best_on(options: ConvertOptions, expected: list[tuple[str, bool]]) -> None:
-    options = replace(options, pairing="loss", tau=0.3)
+    options = replace(options, pairing="loss")
     assert [(recipe.rule.name, recipe.align) for recipe in options.recipes()] == expected
-    assert {(recipe.pairing, recipe.tau) for recipe in options.recipes()} == {("loss", 0.3)}
+    assert {(recipe.pairing, recipe.tau) for recipe in options.recipes()} == {("loss", 0.4)}
+
+
+@pytest.mark.parametrize(("tau", "used"), [(None, 0.4), (0.3, 0.3), (0.0, 0.0)])
+def test_tau_is_the_papers_unless_it_is_given(tau: float | None, used: float) -> None:
+    assert {recipe.tau for recipe in ConvertOptions(rule="paper", tau=tau).recipes()} == {used}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,8 @@ def test_what_is_left_open_is_tried_from_the_best_on(options: ConvertOptions, ex
             {"rule": "paper", "align": True},
             "--rule paper merges neurons in their own order; leave out --align",
         ),
+        ({"rule": "saliency", "tau": 0.3}, "--tau 0.3 is only used with --rule paper; give that"),
+        ({"tau": 0.4}, "--tau 0.4 is only used with --rule paper"),
         ({"rule": "magic"}, "--rule magic is not known"),
         ({"pairing": "magic"}, "--pairing magic is not known"),
     ],

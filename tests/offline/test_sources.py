@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.offline.checkpoints import quantize, read_stored
 from tests.offline.faulty import assert_refused, edit_config, edit_tensors
+from tests.offline.planning import leave_only_the_index
 from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, NUM_EXPERTS, add_mtp_layer, build_tiny, by_expert
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import parse_packed_name
@@ -186,9 +187,39 @@ def test_no_more_such_layers_than_the_config_says(tmp_path: Path, capsys: pytest
     add_mtp_layer(source)
     edit_config(source, num_nextn_predict_layers=0)
     arguments = ["convert", str(source), str(tmp_path / "packed")]
-    assert_refused(
-        arguments, tmp_path, capsys, "nothing is known of expert tensor model.layers.3.mlp.experts.0.down_proj"
-    )
+    parts = ("model.layers.3.mlp.experts.0.down_proj", "layer 3", "num_hidden_layers 3 and num_nextn_predict_layers 0")
+    assert_refused(arguments, tmp_path, capsys, *parts)
+
+
+@pytest.mark.parametrize("from_index", [False, True])
+@pytest.mark.parametrize(
+    ("family", "changes", "parts"),
+    [
+        ("mixtral", {"num_hidden_layers": 2}, ("is of layer 2", "num_hidden_layers 2;")),
+        ("mixtral", {"num_local_experts": 7}, ("is of expert 7", "num_local_experts 7;")),
+        ("olmoe", {"num_experts": 6}, ("is of expert 6", "num_experts 6;")),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ("is of layer 0", "only the layers [1] have")),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, ("is of layer 0", "only the layers [1, 2] have")),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, ("is of layer 1", "only the layers [2] have")),
+    ],
+)
+def test_experts_that_the_config_does_not_have(
+    family: str,
+    changes: dict[str, object],
+    parts: tuple[str, ...],
+    from_index: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their names are as they should be, so it is the config that says something else."""
+    source = build_tiny(family, tmp_path / "source")
+    edit_config(source, **changes)
+    if from_index:
+        leave_only_the_index(source, total_size=1 << 20)
+        arguments = ["plan", str(source)]
+    else:
+        arguments = ["convert", str(source), str(tmp_path / "packed")]
+    assert_refused(arguments, tmp_path, capsys, "config.json", *parts)
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,24 @@ def test_a_rule_of_a_later_release(source: Path, tmp_path: Path, capsys: pytest.
     config = packed / "config.json"
     config.write_text(config.read_text().replace('"rule": "paper"', '"rule": "later"'))
     assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, "rule later", "['paper',", "the release")
+
+
+@pytest.mark.parametrize(
+    ("other", "parts"),
+    [
+        ("qwen3_moe", ("family Qwen3MoeForCausalLM", "MixtralForCausalLM")),
+        ("mixtral", ("SHA-256",)),
+    ],
+)
+@pytest.mark.parametrize("rule", ["paper", "saliency"])
+def test_another_source_is_told_from_a_changed_checkpoint(
+    rule: str, other: str, parts: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, wrong = tmp_path / "packed", build_tiny(other, tmp_path / "other")
+    assert main(["convert", str(source), str(packed), "--rule", rule]) == 0
+    if other == "mixtral":
+        # A fine-tune of the same sizes.
+        edit_tensors(wrong, lambda tensors: tensors["lm_head.weight"].mul_(1.5))
+    refused = f"{wrong} is not what {packed} was converted from"
+    assert_refused(["verify", str(wrong), str(packed)], tmp_path, capsys, refused, *parts)
+    assert main(["verify", str(source), str(packed)]) == 0

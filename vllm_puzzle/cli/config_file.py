@@ -84,7 +84,9 @@ def _read(path: Path, where: str) -> list[tuple[str, Any]]:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
             content = [(str(key.value), loader.construct_object(value, deep=True)) for key, value in root.value]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}; give a file that exists") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if content is None:
         raise ValueError(f"{where} holds no mapping; write one option a line, as `rule: paper`")

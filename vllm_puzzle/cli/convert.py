@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_puzzle.cli.config_file import add_config
 from vllm_puzzle.cli.output import add_json, progress_bar, say, tell
+from vllm_puzzle.cli.paths import given_path, given_text
 from vllm_puzzle.offline.defaults import (
     DEFAULT_COMPRESSION,
     DEFAULT_DEVICE,
@@ -26,8 +27,10 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Packs the experts of a Mixture-of-Experts checkpoint in pairs. The two experts of a pair are called mates."
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)")
-    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+    parser.add_argument(
+        "source", type=given_path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)"
+    )
+    parser.add_argument("destination", type=given_path, metavar="DEST", help="folder to write; must not exist")
     _add_calibration(parser)
     _add_merging(parser)
     _add_pairing(parser)
@@ -40,6 +43,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
+        type=given_text,
         default="none",
         metavar="FILE|none",
         help="UTF-8 text to weigh the experts on; 'none' (the default) weighs by the weights' magnitudes alone",
@@ -69,8 +73,8 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tau",
         type=float,
-        default=DEFAULT_TAU,
-        help="for the rule paper: the largest relative difference of magnitudes that are shared (default: %(default)s)",
+        help="for the rule paper alone: the largest relative difference of magnitudes that are shared "
+        f"(default: {DEFAULT_TAU})",
     )
 
 
@@ -169,8 +173,8 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def add_unpack(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes a packed checkpoint back as a plain BF16 checkpoint."
-    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
-    parser.add_argument("destination", type=Path, metavar="DEST", help="folder to write; must not exist")
+    parser.add_argument("packed", type=given_path, metavar="PACKED", help="what the converter wrote")
+    parser.add_argument("destination", type=given_path, metavar="DEST", help="folder to write; must not exist")
     add_json(parser, path="destination")
     parser.set_defaults(interrupted="nothing was written; unpacking starts from the beginning")
 

@@ -2,16 +2,16 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 from vllm_puzzle.cli.output import add_json, progress_bar, tell
+from vllm_puzzle.cli.paths import given_path, given_text
 from vllm_puzzle.offline.defaults import DEFAULT_COMPRESSION
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.description = "Checks a packed checkpoint against its source, tensor by tensor."
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint that was converted")
-    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
+    parser.add_argument("source", type=given_path, metavar="SOURCE", help="the checkpoint that was converted")
+    parser.add_argument("packed", type=given_path, metavar="PACKED", help="what the converter wrote")
     add_json(parser, path="packed")
     parser.set_defaults(interrupted="not every tensor was compared, and nothing was changed")
 
@@ -34,7 +34,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "Says what packing would make of a model's size and which graphics cards would hold it, "
         "from its config and its safetensors headers or index alone."
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a hub id like org/name")
+    parser.add_argument(
+        "model", type=given_text, metavar="MODEL", help="folder of a Hugging Face checkpoint, or a hub id like org/name"
+    )
     parser.add_argument(
         "--compression",
         type=float,
@@ -78,8 +80,10 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.description = "Shows how a packed checkpoint was made and what its words hold, layer by layer."
-    parser.add_argument("packed", type=Path, metavar="PACKED", help="what the converter wrote")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with plots; FILE must not exist")
+    parser.add_argument("packed", type=given_path, metavar="PACKED", help="what the converter wrote")
+    parser.add_argument(
+        "--html", type=given_path, metavar="FILE", help="also write one page with plots; FILE must not exist"
+    )
     add_json(parser, path="packed")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_puzzle.cli.output import add_json, say, tell
+from vllm_puzzle.cli.paths import given_path
 
 if TYPE_CHECKING:
     from vllm_puzzle.tuning.search import Found
@@ -21,7 +22,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         "engine looks."
     )
     parser.add_argument(
-        "packed", type=Path, nargs="?", metavar="PACKED", help="what the converter wrote; or give the four sizes"
+        "packed", type=given_path, nargs="?", metavar="PACKED", help="what the converter wrote; or give the four sizes"
     )
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="N", help="as in config.json")
@@ -53,7 +54,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=given_path,
         metavar="FOLDER",
         help=f"folder to write the file to (default: ${_FOLDER}, or else the current folder)",
     )

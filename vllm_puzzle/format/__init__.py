@@ -3,6 +3,7 @@
 Torch and pydantic only; `docs/format.md` is its specification in prose.
 """
 
+from .activations import ACTIVATIONS
 from .layout import WORD16, FormatError, WordLayout, word_layout
 from .names import PACKED_SUFFIX, check_packed_names, is_outside, layer_index, packed_name, parse_packed_name
 from .schema import (
@@ -21,6 +22,7 @@ from .weight_map import INDEX_FILE, parse_weight_map
 from .words import check_storable, find_invalid_word, nearest_magnitude, pack, pack_single, unpack
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMAT_VERSION",
     "INDEX_FILE",
     "PACKED_SUFFIX",

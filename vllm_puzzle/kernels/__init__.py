@@ -3,7 +3,6 @@
 Importing it imports neither Triton nor compiled code; an engine does when it is first chosen or run.
 """
 
-from .activations import ACTIVATIONS
 from .choice import choose_engine
 from .engine import Arguments, Engine, padded
 from .errors import EngineError
@@ -13,7 +12,6 @@ from .registry import ENGINES
 from .triton import TRITON
 
 __all__ = [
-    "ACTIVATIONS",
     "ENGINES",
     "REFERENCE",
     "TRITON",

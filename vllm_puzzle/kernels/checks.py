@@ -2,7 +2,7 @@
 
 import torch
 
-from .activations import ACTIVATIONS
+from ..format import ACTIVATIONS
 from .engine import Arguments, Engine, Tensors, padded
 
 

@@ -38,7 +38,7 @@ def packed_moe(
         topk_weights: (num_tokens, top_k), floating.
         topk_ids: (num_tokens, top_k), int32 or int64, global expert ids or -1. The Triton engine does not check them,
             which would wait for the device.
-        activation: one of ACTIVATIONS, applied to the gate before it multiplies the up projection.
+        activation: one of `vllm_puzzle.format.ACTIVATIONS`, applied to the gate before it multiplies the up projection.
         apply_router_weight_on_input: scale an expert's input by its router weight instead of its output.
         engine: the name of one of ENGINES.
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import unpack
+from vllm_puzzle.format import ACTIVATIONS, unpack
 
-from .activations import ACTIVATIONS
 from .checks import check_call
 from .engine import Arguments, Engine
 

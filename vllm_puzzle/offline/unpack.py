@@ -35,7 +35,7 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> Un
     Raises:
         CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
     """
-    check_destination(destination)
+    check_destination(destination, source)
     packed = PackedCheckpoint(source)
     checkpoint = packed.checkpoint
     groups = names_by_layer(checkpoint, packed.shape)

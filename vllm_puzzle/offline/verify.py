@@ -8,7 +8,7 @@ import torch
 
 from vllm_puzzle.format import find_invalid_word, is_packed, nearest_magnitude, packed_name, unpack
 
-from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.checkpoint import Checkpoint, SourceHash
 from .checkpoints.manifest import MANIFEST_FILE, read_manifest, sha256_of
 from .checkpoints.model_config import read_json
 from .checkpoints.packed import PackedCheckpoint
@@ -24,6 +24,8 @@ _NUM_INPUTS = 2048
 # to its mate.
 _LEAST_LIKENESS = 0.03
 
+_GIVE_SOURCE = "give the checkpoint that was converted, as it was then"
+
 
 @dataclass(frozen=True)
 class VerifyResult:
@@ -37,11 +39,25 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
     """Compares every tensor of a packed checkpoint with its source, and every file with its manifest.
 
     Raises:
-        CheckpointError: the first difference: a tensor outside the experts that changed, is missing or is new, a word
-            that no converter writes, an element that the rule could not have made from its source, or a shard with
-            another checksum than the manifest's.
+        CheckpointError: `source` is not what was converted, or the first difference: a tensor outside the experts that
+            changed, is missing or is new, a word that no converter writes, an element that the rule could not have made
+            from its source, or a shard with another checksum than the manifest's.
     """
     original, packed = _open(source, packed_path)
+    _check_same_model(original, packed)
+    try:
+        result = _compare(original, packed, progress)
+    except CheckpointError:
+        # It is the source's whole content that is compared here, so only where something differs.
+        _check_same_content(original, packed)
+        raise
+    _check_files(packed)
+    return result
+
+
+def _compare(original: SourceCheckpoint, packed: PackedCheckpoint, progress: Progress) -> VerifyResult:
+    """Compares every tensor; raises CheckpointError for the first difference."""
+    source, path = original.path, packed.checkpoint.path
     untouched = packed_count = 0
     seen: set[str] = set()
     for name in sorted(packed.checkpoint.tensors):
@@ -49,11 +65,11 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
         names = [name] if members is None else members
         for source_name in names:
             if source_name not in original.tensors:
-                raise CheckpointError(f"{packed_path}: {name} has no counterpart {source_name} in {source}")
+                raise CheckpointError(f"{path}: {name} has no counterpart {source_name} in {source}")
         tensor = packed.checkpoint.read([name])[name]
         sources = list(original.read(names).values())
         if members is None:
-            _check_untouched(name, tensor, sources[0], packed_path)
+            _check_untouched(name, tensor, sources[0], path)
             untouched += 1
         else:
             _check_packed(name, tensor, sources, packed)
@@ -66,8 +82,7 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
                 _check_function(original, packed, slots.layer, slots.members(slot))
     missing = sorted(set(original.tensors) - seen)
     if missing:
-        raise CheckpointError(f"{packed_path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
-    _check_files(packed)
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
     return VerifyResult(untouched, packed_count)
 
 
@@ -85,6 +100,29 @@ def _check_order(source: Path, packed: Path) -> None:
     if first and not second:
         raise CheckpointError(
             f"{source} is packed and {packed} is not; the source comes first: vllm-puzzle verify {packed} {source}"
+        )
+
+
+def _check_same_model(original: SourceCheckpoint, packed: PackedCheckpoint) -> None:
+    """Raises CheckpointError where the two configs are of different models."""
+    shapes = [{**vars(shape), "family": shape.family.architecture} for shape in (original.shape, packed.shape)]
+    for name, stated in shapes[0].items():
+        if stated != shapes[1][name]:
+            raise CheckpointError(
+                f"{original.path} is not what {packed.checkpoint.path} was converted from: its config.json describes "
+                f"{name} {stated}, the packed one {shapes[1][name]}; {_GIVE_SOURCE}"
+            )
+
+
+def _check_same_content(original: SourceCheckpoint, packed: PackedCheckpoint) -> None:
+    """Raises CheckpointError where the tensors of the source are not those that were converted."""
+    found, recorded = SourceHash(), packed.quantization.provenance.source_sha256
+    for name in original.tensors:
+        found.add(name, original.read([name])[name])
+    if found.hexdigest() != recorded:
+        raise CheckpointError(
+            f"{original.path} is not what {packed.checkpoint.path} was converted from: the SHA-256 of its tensors is "
+            f"{found.hexdigest()}, and {recorded} is recorded as the source's; {_GIVE_SOURCE}"
         )
 
 

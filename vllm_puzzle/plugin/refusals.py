@@ -2,7 +2,8 @@
 
 import torch
 
-from ..kernels import ACTIVATIONS, Engine
+from ..format import ACTIVATIONS
+from ..kernels import Engine
 from .host import RoutedExperts, VllmConfig, current_platform
 
 # They copy into the parameters what a running engine's parameters held, past the weight loaders.

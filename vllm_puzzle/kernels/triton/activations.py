@@ -1,4 +1,4 @@
-"""The activations of `vllm_puzzle.kernels.ACTIVATIONS`, in Triton."""
+"""The activations of `vllm_puzzle.format.ACTIVATIONS`, in Triton."""
 
 import triton
 import triton.language as tl

@@ -10,14 +10,16 @@ from ..errors import CheckpointError
 from .families import MoEShape
 
 
-def build_model(config: Any) -> Any:
+def build_model(config: Any, where: object) -> Any:
     """transformers' own model of a PretrainedConfig without weights, see `empty_model`.
+
+    `where` is the path of the config.
 
     Raises:
         CheckpointError: transformers cannot build it.
     """
     try:
-        return empty_model(config)
+        return empty_model(config, str(where))
     except FormatError as error:
         raise CheckpointError(str(error)) from None
 

@@ -22,8 +22,8 @@ _ROOM_IN_NAME = len(".") + len(".12345678" + _PARTIAL)
 _ROOM_IN_PATH = 128
 
 
-def check_destination(destination: Path) -> None:
-    """Raises CheckpointError where a folder `destination` exists or cannot be made."""
+def check_destination(destination: Path, source: Path) -> None:
+    """Raises CheckpointError where a folder `destination` exists, cannot be made, or would lie in `source`."""
     if os.path.lexists(destination):
         raise CheckpointError(f"{destination} exists already; choose another name or remove it")
     check_utf8(destination)
@@ -34,6 +34,11 @@ def check_destination(destination: Path) -> None:
         raise CheckpointError(f"{parent} does not exist, so {destination} cannot be written there; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{parent} is not writable, so {destination} cannot be written there")
+    if shutil.disk_usage(parent).total == 0:
+        raise CheckpointError(f"{parent} is on a file system that holds no files, as /proc is; choose another folder")
+    # Links followed: what is read would change while it is read, and be copied into itself.
+    if Path(os.path.realpath(parent)).is_relative_to(os.path.realpath(source)):
+        raise CheckpointError(f"{destination} lies in {source}, which is read; choose a folder outside it")
     # While it is written the folder has a longer name, and its files have longer paths.
     name = os.fsencode(destination.name)
     longest = os.pathconf(parent, "PC_NAME_MAX") - _ROOM_IN_NAME

@@ -1,11 +1,11 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import FormatError, check_storable
+from vllm_puzzle.format import FormatError, check_storable, layer_index
 
 from ..errors import CheckpointError
 from ..merging.layer import Activation, ExpertWeights
@@ -81,13 +81,50 @@ def check_experts(checkpoint: Checkpoint, shape: MoEShape) -> None:
     # One at a time: a number of experts that is far too large is found at the first tensor that is not there.
     for name, size in _promised(shape):
         _check_tensor(checkpoint, name, size)
+    check_expert_places(checkpoint.tensors, shape, str(checkpoint.path))
     expected = expected_experts(shape)
     for name in sorted(checkpoint.tensors):
-        if name not in expected and ".experts." in name and not shape.is_mtp_name(name):
+        if name not in expected and _is_expert(name, shape):
             raise CheckpointError(
                 f"{checkpoint.path}: nothing is known of expert tensor {name}; {shape.family.architecture} experts are "
                 f"2-D tensors named like {next(iter(expected))}"
             )
+
+
+def check_expert_places(names: Iterable[str], shape: MoEShape, where: str) -> None:
+    """Raises CheckpointError for the first expert tensor of a layer or an expert that the config does not have.
+
+    Args:
+        names: of tensors, as on the hub.
+        where: what an error message calls the checkpoint.
+    """
+    for name in sorted(names):
+        if _is_expert(name, shape) and (place := _unknown_place(name, shape)):
+            raise CheckpointError(
+                f"{where}: expert tensor {name} is of {place}; correct config.json if it is not this checkpoint's, or "
+                f"download both again"
+            )
+
+
+def _is_expert(name: str, shape: MoEShape) -> bool:
+    return ".experts." in name and not shape.is_mtp_name(name)
+
+
+def _unknown_place(name: str, shape: MoEShape) -> str | None:
+    """The layer or expert of a tensor and what config.json says instead; None where the two agree."""
+    layer = layer_index(name)
+    if layer is None or not name.startswith(f"{shape.experts_prefix(layer)}."):
+        return None
+    family = shape.family
+    if layer >= shape.num_hidden_layers:
+        mtp = f" and {family.num_mtp_layers} {shape.num_mtp_layers}" if family.num_mtp_layers else ""
+        return f"layer {layer}, but config.json has num_hidden_layers {shape.num_hidden_layers}{mtp}"
+    if layer not in shape.moe_layers:
+        return f"layer {layer}, but by config.json only the layers {list(shape.moe_layers)} have experts"
+    expert = name.removeprefix(f"{shape.experts_prefix(layer)}.").split(".")[0]
+    if expert.isdecimal() and int(expert) >= shape.num_experts:
+        return f"expert {expert}, but config.json has {family.num_experts} {shape.num_experts}"
+    return None
 
 
 def _check_tensor(checkpoint: Checkpoint, name: str, size: tuple[int, int]) -> None:

@@ -262,7 +262,9 @@ def find_moe_shape(config: PretrainedConfig, where: str) -> MoEShape:
     """
     stated = config.architectures
     # transformers does not check what they are.
-    architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    if stated is not None and not isinstance(stated, list):
+        raise CheckpointError(f"{where} has architectures {stated!r} where a list is expected; correct it")
+    architectures = [name for name in stated or [] if isinstance(name, str)]
     family = next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
     if family is None:
         reason = next((f" ({_REFUSED[name]})" for name in architectures if name in _REFUSED), "")

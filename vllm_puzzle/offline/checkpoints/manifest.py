@@ -27,7 +27,7 @@ class ShardEntry(Strict):
 class LayerEntry(Strict):
     """One MoE layer; fractions and errors are over its merged pairs, as the model card explains them.
 
-    `estimated_loss` and `coactivation` are null where nothing was estimated.
+    `estimated_loss` and `coactivation` are null where nothing was estimated, as without calibration.
     """
 
     layer: int = Field(ge=0)

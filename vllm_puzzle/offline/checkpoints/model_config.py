@@ -40,6 +40,11 @@ def read_config(path: Path) -> PretrainedConfig:
         count = raw.get(name)
         if isinstance(count, int | float) and count > _MOST:
             raise CheckpointError(f"{where} has {name} {count}, more than any model's {_MOST}; correct it")
+    quantization = raw.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"{where} has quantization_config {quantization!r} where an object is expected; correct it"
+        )
     known = _config_class(raw)
     try:
         # For a type of model that it does not know transformers says so itself.

@@ -48,7 +48,7 @@ class PackedCheckpoint:
         self._check_sizes(where)
         self.activation: Activation = ACT2FN[config.hidden_act]
         check_dense(
-            self.checkpoint.shapes, build_model(config), self.shape, path, "copy or convert the checkpoint again"
+            self.checkpoint.shapes, build_model(config, where), self.shape, path, "copy or convert the checkpoint again"
         )
         self._slots = {
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,17 @@ from transformers import AutoTokenizer, PretrainedConfig
 from vllm_puzzle.format import Calibration
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.families import MoEShape
+from ..checkpoints.source import SourceCheckpoint
 from ..defaults import SEQUENCE_LENGTH
 from ..errors import CheckpointError, reason_of
 from ..wording import label
 
 EMBEDDING = "model.embed_tokens.weight"
+
+# How many tokens an expert sees on average where all fire alike. With fewer most experts see none or one, and are
+# weighed by what little the others saw.
+_LEAST_TOKENS_PER_EXPERT = 16
 
 _BYTES_AT_ONCE = 1 << 20
 
@@ -39,23 +46,27 @@ class CalibrationText:
 
 
 def read_calibration_text(
-    path: Path, checkpoint: Checkpoint, config: PretrainedConfig, max_sequences: int
+    path: Path, checkpoint: SourceCheckpoint, config: PretrainedConfig, max_sequences: int
 ) -> CalibrationText:
     """The first sequences of a UTF-8 text, each as long as the model allows up to SEQUENCE_LENGTH tokens.
 
     Text shorter than one sequence is one shorter sequence.
 
     Raises:
-        CheckpointError: the text cannot be read, is too short, or has a token that the model does not know; or there is
-            no tokenizer.
+        CheckpointError: the text cannot be read, has too few tokens for the model's experts (a whole sequence is always
+            enough), or has a token that the model does not know; or there is no tokenizer.
     """
     sha256 = text_sha256(path)
     tokenizer = load_tokenizer(checkpoint.path)
     longest = min(SEQUENCE_LENGTH, config.max_position_embeddings)
     ids = first_tokens(path, tokenizer, max_sequences * longest)
     length = min(longest, len(ids))
-    if length < 2:
-        raise CheckpointError(f"calibration text {path} has {len(ids)} tokens; give some pages of text")
+    least = min(longest, _least_tokens(checkpoint.shape, config.num_experts_per_tok))
+    if length < least:
+        raise CheckpointError(
+            f"calibration text {path} has {len(ids)} tokens, and a layer of {checkpoint.shape.num_experts} experts "
+            f"needs at least {least}; give some pages of text, or convert without --calibration"
+        )
     count = min(max_sequences, len(ids) // length)
     ids = ids[: count * length]
     largest, rows = int(ids.max()), _embedding_rows(checkpoint)
@@ -66,6 +77,10 @@ def read_calibration_text(
         )
     record = Calibration(source=label(path), sha256=sha256, sequences=count, sequence_length=length)
     return CalibrationText(ids.reshape(count, length), record)
+
+
+def _least_tokens(shape: MoEShape, top_k: int) -> int:
+    return math.ceil(_LEAST_TOKENS_PER_EXPERT * shape.num_experts / top_k)
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> int:

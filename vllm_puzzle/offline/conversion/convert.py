@@ -43,7 +43,7 @@ def convert(
     Raises:
         CheckpointError: an option, the source or the destination is at fault; nothing was written under that name.
     """
-    check_destination(destination)
+    check_destination(destination, source)
     check_unfinished(destination, resume)
     setup = prepare(source, None if resume else destination, options, report)
     # What it costs is said before anything is written; the recipe of a conversion that is resumed is settled.
@@ -103,7 +103,9 @@ def _describe_mates(job: Job, layers: Sequence[Sequence[Mates]]) -> str:
     if not chosen:
         return "no experts are paired"
     sizes = [len(layer) for layer in layers]
-    counts = f"pairing {job.recipe.pairing}: {len(chosen)} pairs, {min(sizes)} to {max(sizes)} a layer"
+    fewest, most = min(sizes), max(sizes)
+    each_layer = str(most) if fewest == most else f"{fewest} to {most}"
+    counts = f"pairing {job.recipe.pairing}: {len(chosen)} pairs, {each_layer} a layer"
     if job.calibrator is None:
         return counts
     loss = sum(each.loss for each in chosen) / len(layers)

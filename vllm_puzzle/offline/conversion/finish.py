@@ -1,6 +1,7 @@
 """What a packed checkpoint has around its shards: index, config, manifest, model card and the files that travel."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import vllm_puzzle
 from vllm_puzzle.format import Provenance, PuzzleMoEQuantizationConfig, packed_config, parse_packed_name
@@ -32,6 +33,9 @@ def finish_checkpoint(
         name: what the model card calls the checkpoint.
     """
     checkpoint = job.checkpoint
+    if job.calibration is None:
+        # Without tokens a loss tells the pairs of a layer apart, but there is no residual stream to compare it with.
+        reports = [replace(report, mates=[]) for report in reports]
     shards = [shard for unit in units for shard in unit.shards]
     quantization = _describe_quantization(job, units, results)
     result = _sum_up(job, [tensor for shard in shards for tensor in shard.tensors], reports)

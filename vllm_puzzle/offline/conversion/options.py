@@ -38,7 +38,8 @@ class ConvertOptions:
     """The command line's options, by the same names.
 
     `max_expert_parallel` None takes `default_max_expert_parallel`; `calibration` None weighs by magnitude alone;
-    `rule` and `align` None take the best that the machine can do in reasonable time, see `choose_recipe`. `shard_size`
+    `rule` and `align` None take the best that the machine can do in reasonable time, see `choose_recipe`; `tau` None is
+    DEFAULT_TAU for the rule that reads it, and any other is refused for the rules that do not. `shard_size`
     is in bytes; `jobs`, the number of layers at once, and `ray`, the address of the cluster that merges them, change
     nothing that is written.
 
@@ -49,7 +50,7 @@ class ConvertOptions:
     calibration: Path | None = None
     calibration_sequences: int = DEFAULT_SEQUENCES
     rule: str | None = None
-    tau: float = DEFAULT_TAU
+    tau: float | None = None
     align: bool | None = None
     pairing: str = DEFAULT_PAIRING
     compression: float = DEFAULT_COMPRESSION
@@ -65,7 +66,7 @@ class ConvertOptions:
             raise CheckpointError(f"--rule {self.rule} is not known; choose one of {list(RULES)}")
         if self.pairing not in PAIRINGS:
             raise CheckpointError(f"--pairing {self.pairing} is not known; choose one of {list(PAIRINGS)}")
-        if not 0 <= self.tau <= 1:
+        if self.tau is not None and not 0 <= self.tau <= 1:
             raise CheckpointError(f"--tau {self.tau:g} is outside 0 to 1; the paper uses {DEFAULT_TAU} for every model")
         if not 0 <= self.compression <= 50:
             raise CheckpointError(
@@ -86,6 +87,9 @@ class ConvertOptions:
 
     def _check_rule(self) -> None:
         rule = RULES.get(self.rule or "")
+        if self.tau is not None and not (rule and rule.reads_tau):
+            readers = " or ".join(f"--rule {each.name}" for each in RULES.values() if each.reads_tau)
+            raise CheckpointError(f"--tau {self.tau:g} is only used with {readers}; give that rule or leave out --tau")
         if rule is None:
             return
         if rule.sequential and self.workers.are_others:
@@ -119,7 +123,7 @@ class ConvertOptions:
     def recipes(self) -> list[Recipe]:
         """The recipes that the options leave open, the best one first."""
         return [
-            Recipe(rule, align, self.pairing, self.tau)
+            Recipe(rule, align, self.pairing, DEFAULT_TAU if self.tau is None else self.tau)
             for rule in ([RULES[self.rule]] if self.rule else BEST_FIRST)
             for align in (True, False)
             if self.align in (None, align) and (rule.can_align or not align)

@@ -20,6 +20,8 @@ def origin_of(setup: Setup) -> dict[str, Any]:
     """
     checkpoint, options = setup.checkpoint, asdict(setup.options)
     chosen = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in _FREE}
+    # Left open or given, it is the same.
+    chosen["--tau"] = setup.options.recipes()[0].tau
     if setup.calibration is not None:
         chosen["--calibration"] = setup.calibration.sha256
     files: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from ..checkpoints.dense import build_model, check_dense
 from ..checkpoints.destination import check_room
 from ..checkpoints.expert_tensors import check_experts
+from ..checkpoints.servable import check_servable
 from ..checkpoints.source import SourceCheckpoint
 from ..merging.packing import LIBRARY_PATH, is_compiled
 from ..progress import Report
@@ -31,8 +32,9 @@ def prepare(source: Path, new_destination: Path | None, options: ConvertOptions,
     """
     checkpoint = SourceCheckpoint(source)
     config, shape = checkpoint.config, checkpoint.shape
+    check_servable(config, shape, str(source / "config.json"))
     check_experts(checkpoint, shape)
-    model = build_model(config)
+    model = build_model(config, source / "config.json")
     check_dense(checkpoint.shapes, model, shape, source, "download the checkpoint again")
     device = options.torch_device()
     _report_uncompiled(device, report)

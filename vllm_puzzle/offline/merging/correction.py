@@ -48,7 +48,7 @@ class OutputCorrection:
         """
         down = self._experts.down[expert].float()
         moment, cross = torch.zeros_like(statistics.intermediate), torch.zeros_like(down)
-        count = 0
+        count, asked = 0, 0.0
         self._lost[expert] = []
         for tokens, weights, rows in self._routed.parts(expert):
             before = self._experts.intermediate(expert, rows).float()
@@ -60,13 +60,15 @@ class OutputCorrection:
             moment += read.T @ read
             cross += wanted.T @ read
             count += len(tokens)
-        share = len(moment) / (len(moment) + count)
-        moment = (1 - share) * moment + share * statistics.intermediate
+            asked += float(wanted.square().sum())
+        own, share = moment, len(moment) / (len(moment) + count)
+        moment = (1 - share) * own + share * statistics.intermediate
         diagonal = moment.diagonal()
         # Above zero for an expert whose weights are all zero.
         least = (1e-3 * diagonal.mean()).clamp(min=1e-20)
         ridge = moment + torch.diag(_RIDGE * diagonal + least)
-        return down + torch.linalg.solve(ridge, cross.T).T, moment
+        change = torch.linalg.solve(ridge, cross.T).T
+        return down + _bounded(change, own, cross, asked), moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
         """Counts the output of the merged expert, after `ask`, in place of the expert's own."""
@@ -74,3 +76,18 @@ class OutputCorrection:
         for (tokens, weights, rows), lost in zip(self._routed.parts(expert), self._lost.pop(expert), strict=True):
             gained = merged.intermediate(member, rows) @ change.to(rows.dtype).T
             self._lacking.index_add_(0, tokens, (lost.float() - gained.float()) * weights[:, None])
+
+
+def _bounded(change: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, asked: float) -> torch.Tensor:
+    """A change of a down projection, shortened to what helps most where it gives more than was asked.
+
+    The regression divides by a moment that is mostly not the expert's own where its tokens are few, and can then
+    overshoot by as many times as there are inputs.
+
+    Args:
+        change: float32 (hidden_size, intermediate_size).
+        moment, cross: sums over the expert's own tokens of what it reads with itself and with what is wanted.
+        asked: the squared norm of what is wanted, over the same tokens.
+    """
+    given = float(((change @ moment) * change).sum())
+    return change if given <= asked else change * (float((change * cross).sum()) / given)

@@ -23,7 +23,8 @@ class LayerInspection(Strict):
 
     `shared_fraction` is of the elements of its pairs: those that both members keep; `kept_fraction` of their weights:
     those that survive in their own expert. `exponents` counts the words of gate, up and down of all slots by their
-    stored exponent field; field 0 is the zero word. The last two are the manifest's, None where it has none.
+    stored exponent field; field 0 is the zero word. The last two are the manifest's, None where it has none;
+    `estimated_loss` is also None without calibration.
     """
 
     layer: int
@@ -69,6 +70,9 @@ def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
     quantization, tensors = packed.quantization, packed.checkpoint.tensors
     has_manifest = (path / MANIFEST_FILE).is_file()
     entries = {entry.layer: entry for entry in read_manifest(path).layers} if has_manifest else {}
+    if quantization.provenance.calibration is None:
+        # Earlier versions recorded a loss here that is relative to no residual stream.
+        entries = {layer: entry.model_copy(update={"estimated_loss": None}) for layer, entry in entries.items()}
     packed_bytes = sum(info.num_bytes for name, info in tensors.items() if parse_packed_name(name))
     counter = _WordCounter(packed.layout)
     return Inspection(

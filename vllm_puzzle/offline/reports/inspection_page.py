@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..errors import CheckpointError
 from .inspection import Inspection
-from .inspection_report import LAYER_COLUMNS, fact_rows, layer_row
+from .inspection_report import LAYER_COLUMNS, fact_rows, layer_row, losses_note
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ text-anchor="middle">{{ label }}</text>
 {%- endfor %}
 </table>
 <p>Shared: elements of the pairs that both members keep. Kept: weights of the pairs that survive in their own expert.
-Estimated loss is relative to the squared residual stream; relative error is ||W' - W||^2 / ||W||^2 over paired
-weights.</p>
+{{ losses }}</p>
 {{ bars(charts[0]) }}
 <figure>
 <figcaption>The same by layer (down), each against its most frequent exponent</figcaption>
@@ -152,6 +151,7 @@ def write_page(inspection: Inspection, file: Path) -> None:
     content = page.render(
         inspection=inspection,
         facts=fact_rows(inspection),
+        losses=losses_note(inspection),
         columns=LAYER_COLUMNS,
         rows=[layer_row(layer, inspection.has_manifest) for layer in layers],
         charts=drawn,

@@ -9,9 +9,12 @@ _RAMP = " .:-=+*#"
 
 _NOTES = """\
 shared: elements of the pairs that both members keep; kept: weights of the pairs that survive in their own expert.
-Estimated loss is relative to the squared residual stream, relative error is ||W' - W||^2 / ||W||^2 over paired weights.
+{losses}
 Exponents: how often each stored field 0 to {last} occurs in the layer, against its most frequent; field 0 is the zero
 word, field 1 stands for 2^{smallest}."""
+
+_LOSS_NOTE = "Estimated loss is relative to the squared residual stream. "
+_ERROR_NOTE = "Relative error is ||W' - W||^2 / ||W||^2 over paired weights."
 
 LAYER_COLUMNS = ["layer", "slots", "pairs", "shared", "kept", "estimated loss", "relative error"]
 
@@ -24,7 +27,9 @@ def describe_inspection(inspection: Inspection) -> str:
     histograms = ["exponents", *(f"|{_ramp(layer.exponents)}|" for layer in inspection.layers)]
     width = max(len(line) for line in table)
     lines = "\n".join(f"{line:<{width}}  {histogram}" for line, histogram in zip(table, histograms, strict=True))
-    notes = _NOTES.format(last=len(inspection.exponents) - 1, smallest=inspection.smallest_exponent)
+    notes = _NOTES.format(
+        losses=losses_note(inspection), last=len(inspection.exponents) - 1, smallest=inspection.smallest_exponent
+    )
     return f"{inspection.checkpoint}\n{facts}\n\n{lines}\n\n{notes}"
 
 
@@ -54,6 +59,12 @@ def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("source SHA-256", provenance.source_sha256),
         ("tool version", provenance.tool_version),
     ]
+
+
+def losses_note(inspection: Inspection) -> str:
+    """What the last two of LAYER_COLUMNS mean."""
+    estimated = any(layer.estimated_loss is not None for layer in inspection.layers)
+    return _LOSS_NOTE * estimated + _ERROR_NOTE
 
 
 def layer_row(layer: LayerInspection, has_manifest: bool) -> list[str]:

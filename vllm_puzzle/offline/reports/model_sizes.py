@@ -15,10 +15,11 @@ from vllm_puzzle.format import INDEX_FILE
 
 from ..checkpoints.checkpoint import HUB_ID, read_weight_map
 from ..checkpoints.dense import build_model, check_dense
-from ..checkpoints.expert_tensors import check_experts, expected_experts, layer_names
+from ..checkpoints.expert_tensors import check_expert_places, check_experts, expected_experts, layer_names
 from ..checkpoints.families import MoEShape, find_moe_shape
 from ..checkpoints.fp8 import SCALE_SUFFIX, block_size, scaled_bytes
 from ..checkpoints.model_config import read_config, read_json
+from ..checkpoints.servable import check_servable
 from ..checkpoints.source import SourceCheckpoint
 from ..errors import CheckpointError
 
@@ -52,9 +53,10 @@ def read_model_sizes(model: str) -> ModelSizes:
     """
     directory = Path(model) if os.path.exists(model) else _fetch(model)
     where = directory / "config.json"
-    block = block_size(read_json(where), Path(model))
     config = read_config(directory)
+    block = block_size(read_json(where), Path(model))
     shape = find_moe_shape(config, str(where))
+    check_servable(config, shape, str(where))
     index = directory / INDEX_FILE
     if index.is_file():
         weight_map = read_weight_map(index, "copy or download it again")
@@ -62,7 +64,9 @@ def read_model_sizes(model: str) -> ModelSizes:
             return _from_index(model, index, set(weight_map), config, shape, block)
     checkpoint = SourceCheckpoint(directory)
     check_experts(checkpoint, shape)
-    check_dense(checkpoint.shapes, build_model(config), shape, model, "download the checkpoint again")
+    check_dense(
+        checkpoint.shapes, build_model(config, directory / "config.json"), shape, model, "download the checkpoint again"
+    )
     experts = [checkpoint.tensors[name] for name in expected_experts(shape)]
     expert_bytes, plain = sum(each.num_bytes for each in experts), sum(each.plain_bytes for each in experts)
     other_bytes, plain_other = checkpoint.num_bytes - expert_bytes, checkpoint.plain_bytes - plain
@@ -84,7 +88,8 @@ def _from_index(
             f"{lacking[0]}; the two are not of one checkpoint, so copy or download both again"
         )
     on_hub = dict.fromkeys(shape.hub_name(name) for name in names)
-    check_dense(on_hub, build_model(config), shape, index, "download it again")
+    check_expert_places(on_hub, shape, str(index))
+    check_dense(on_hub, build_model(config, index.parent / "config.json"), shape, index, "download it again")
     dtype: torch.dtype = config.dtype or torch.bfloat16
     plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
     fp8 = {name.removesuffix(SCALE_SUFFIX) for name in names if name.endswith(SCALE_SUFFIX)} if block else set()

@@ -1,4 +1,4 @@
-"""The activations that every engine knows."""
+"""The activations that packed experts may have: every engine computes them, and the converter takes no others."""
 
 from collections.abc import Callable
 
