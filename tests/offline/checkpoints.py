@@ -1,5 +1,6 @@
-"""Checkpoints as tests read and make them, by safetensors alone."""
+"""Checkpoints as tests read and make them."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.offline.faulty import edit_config
 from tests.tiny import by_expert
+from vllm_puzzle.format import LayerSlots, PuzzleMoEQuantizationConfig
 
 # Neither divides 96 or 40.
 BLOCK = (36, 28)
@@ -55,3 +57,9 @@ def quantize(source: Path, plain: Path) -> None:
     save_file(stored, source / "model.safetensors", {"format": "pt"})
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
     edit_config(source, quantization_config=quantization)
+
+
+def slots_of(packed: Path) -> list[LayerSlots]:
+    """The slots of each MoE layer, from config.json."""
+    config = json.loads((packed / "config.json").read_text())
+    return PuzzleMoEQuantizationConfig.parse(config["quantization_config"]).layers

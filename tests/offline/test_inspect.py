@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from tests.offline.checkpoints import read_all
+from tests.offline.checkpoints import read_all, slots_of
 from tests.offline.faulty import assert_one_sentence
 from tests.tiny import NUM_EXPERTS, build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.format import WORD16, LayerSlots, PuzzleMoEQuantizationConfig, parse_packed_name, unpack
+from vllm_puzzle.format import WORD16, parse_packed_name, unpack
 from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
 from vllm_puzzle.offline.checkpoints.manifest import MANIFEST_FILE, LayerEntry, Manifest
 from vllm_puzzle.offline.reports.inspection import Inspection, inspect_checkpoint
@@ -41,11 +41,6 @@ def inspected(capsys: pytest.CaptureFixture[str], packed: Path, *options: str) -
     capsys.readouterr()
     assert main(["inspect", str(packed), "--json", *options]) == 0
     return Inspection.model_validate_json(json.dumps(json.loads(capsys.readouterr().out)["result"]))
-
-
-def slots_of(packed: Path) -> list[LayerSlots]:
-    config = json.loads((packed / "config.json").read_text())
-    return PuzzleMoEQuantizationConfig.parse(config["quantization_config"]).layers
 
 
 def write_manifest(packed: Path, loss: float | None = 0.0125) -> list[LayerEntry]:

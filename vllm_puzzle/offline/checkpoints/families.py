@@ -1,4 +1,7 @@
-"""The supported model families: where a checkpoint keeps its experts. A new family is one more declaration."""
+"""The supported model families: where a checkpoint keeps its experts.
+
+A new family is one more declaration; in one file, since most differ from another one in a line, it may be a long one.
+"""
 
 import re
 from collections.abc import Callable
