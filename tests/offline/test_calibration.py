@@ -1,4 +1,4 @@
-"""Calibration, held against hooks in transformers' own whole model."""
+"""Calibration, compared with hooks in transformers' own whole model."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Column by column: held against the definition, and against deciding every element by itself."""
+"""Column by column: compared with the definition, and with deciding every element by itself."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Sharing or leaving out, element by element, held against every choice written out."""
+"""Sharing or leaving out, element by element, compared with every choice written out."""
 
 from math import copysign
 

@@ -1,4 +1,4 @@
-"""Every family through convert, verify and unpack by every rule, and what the model then answers."""
+"""Every family through convert, verify and unpack by every rule, and what the model then computes."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is said of memory before a conversion starts, held against what it takes."""
+"""What is said of memory before a conversion starts, compared with what it takes."""
 
 import json
 import subprocess

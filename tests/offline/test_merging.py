@@ -1,4 +1,4 @@
-"""The paper's rule, held against its definition written out element by element; and what every rule has in common."""
+"""The paper's rule, compared with its definition written out element by element; and what every rule has in common."""
 
 import math
 from collections.abc import Sequence

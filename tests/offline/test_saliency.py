@@ -1,4 +1,4 @@
-"""What each element of an expert matters, held against the definitions in float64."""
+"""What each element of an expert matters, compared with the definitions in float64."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ QUANT_METHOD: Literal["puzzlemoe"] = "puzzlemoe"
 FORMAT_VERSION: Literal[1] = 1
 
 # transformers refuses a config that names an implementation of experts which it does not know. Of a quant_method that
-# it does not know it only warns, and goes on with experts at random.
+# it does not know it only warns, and uses random experts.
 _EXPERTS_KEY = "experts_implementation"
 _SECTION_KEY = "quantization_config"
 

@@ -38,7 +38,7 @@ class LayerInspection(Strict):
 
 
 class Inspection(Strict):
-    """A packed checkpoint; `smallest_exponent` is the power of two that exponent field 1 stands for."""
+    """A packed checkpoint; `smallest_exponent` is the power of two of exponent field 1."""
 
     checkpoint: str
     format_version: int
