@@ -1,4 +1,4 @@
-"""Adds what is compiled, the CPU engine and a loop of the converter; the rest of the build stands in pyproject.toml."""
+"""Adds what is compiled, the CPU engine and a loop of the converter; the rest of the build is in pyproject.toml."""
 
 import importlib.util
 import platform

@@ -10,7 +10,6 @@ from vllm_puzzle.tuning.gpu import Gpu
 from vllm_puzzle.tuning.shape import LayerShape
 
 DTYPES = ("bfloat16", "float16")
-IDS_DTYPES = ("int32", "int64")
 # Candidates of a search that are compiled before it begins, for each number of tokens.
 AHEAD = 40
 

@@ -58,8 +58,6 @@ class Case:
     def weights(self, engine: str) -> tuple[torch.Tensor, torch.Tensor]:
         """w13 and w2 as `engine` takes them."""
         found = ENGINES[engine]
-        if found.multiple == 1:
-            return self.w13, self.w2
         hidden_size, intermediate_size = self.x.shape[1], self.intermediate_size
         w13, w2 = found.allocate(len(self.w13), hidden_size, intermediate_size)
         for half, words in zip(w13.chunk(2, dim=1), self.w13.chunk(2, dim=1), strict=True):

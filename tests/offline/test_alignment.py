@@ -143,7 +143,7 @@ def test_statistics_move_with_their_neurons(full: bool) -> None:
 
 
 def test_the_estimate_is_what_merging_without_compensation_costs() -> None:
-    """Held against the errors of all weights, times what each is said to cost, over many magnitudes to share."""
+    """Compared with the errors of all weights, times what each is said to cost, over many magnitudes to share."""
     experts = small_experts(2)
     statistics = statistics_of(experts, calibrated=True)
     magnitudes = torch.stack(magnitudes_of(experts))

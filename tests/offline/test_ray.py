@@ -56,5 +56,5 @@ def test_a_task_that_is_lost_begins_again(address: str, tmp_path: Path) -> None:
 def test_without_a_cluster(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["convert", str(source), str(tmp_path / "packed"), "--rule", "paper", "--ray", "not an address"]
     assert main(arguments) == 1
-    assert "error: --ray not an address: no cluster answers there" in capsys.readouterr().err
+    assert "error: --ray not an address: no cluster can be reached there" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()

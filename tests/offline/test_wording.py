@@ -28,6 +28,7 @@ def test_size(num_bytes: int, said: str) -> None:
     ("seconds", "said"),
     [
         (0.2, "0 seconds"),
+        (1.2, "1 second"),
         (89, "89 seconds"),
         (90, "2 minutes"),
         (5399, "90 minutes"),

@@ -11,8 +11,6 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
-# Token ids of eight prompts of different lengths, within every tiny vocabulary.
-PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
 NUM_CANDIDATES = 5
 
 # Of bytes, which are the tokens of tiny models; of different lengths.

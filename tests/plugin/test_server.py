@@ -111,7 +111,7 @@ def serve_and_fail(model: Path, *options: str, **environment: str) -> str:
 def test_a_model_that_is_not_packed_says_how_to_pack_it(tmp_path: Path) -> None:
     source = build_tiny("mixtral", tmp_path / "source")
     said = serve_and_fail(source, "--quantization", "puzzlemoe")
-    assert "python -m vllm_puzzle.convert MODEL DEST" in said
+    assert "vllm-puzzle convert MODEL PACKED" in said
 
 
 def test_another_quantization_names_both(packed: Path) -> None:

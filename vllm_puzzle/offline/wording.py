@@ -20,7 +20,7 @@ def size(num_bytes: float) -> str:
 def duration(seconds: float) -> str:
     """A time in the unit that takes few digits, as `40 seconds`, `27 hours`, `2.4 days`."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return "1 second" if round(seconds) == 1 else f"{seconds:.0f} seconds"
     minutes, hours = seconds / 60, seconds / 3600
     if minutes < 90:
         return f"{minutes:.0f} minutes"

@@ -34,7 +34,7 @@ class PuzzleMoEConfig(QuantizationConfig):
             # vLLM constructs it so where --quantization is given for a model whose config.json has no such section.
             raise ValueError(
                 "this model's experts are not packed: its config.json has no quantization_config of quant_method "
-                "puzzlemoe; run `python -m vllm_puzzle.convert MODEL DEST` and serve DEST"
+                "puzzlemoe; run `vllm-puzzle convert MODEL PACKED` and serve PACKED"
             )
         self.quantization = quantization
         self._num_hidden_layers: int | None = None

@@ -33,7 +33,7 @@ class RayPool:
             ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"--ray {self._address}: no cluster answers there ({reason})") from None
+            raise CheckpointError(f"--ray {self._address}: no cluster can be reached there ({reason})") from None
         self._ray = ray
         return self
 
