@@ -212,6 +212,7 @@ SAID_BY_COMPILED_CODE = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("engine", ON_CPU)
 def test_no_state_ends_the_process(engine: str) -> None:
     """A slot out of range or a weight without memory is an error of this call, and the next one computes again."""

@@ -184,7 +184,8 @@ def test_the_command_line_of_a_shell(source: Path, tmp_path: Path) -> None:
     first, cost, pairing = done.stderr.splitlines()
     assert first == "no calibration text was given: experts are weighed by the magnitude of their weights alone"
     assert re.fullmatch(
-        r"rule saliency with aligned neurons on cpu: about (?:1 second|\d+ seconds) \([\d.]+ minutes a billion weights\), "
+        r"rule saliency with aligned neurons on cpu: about (?:1 second|\d+ seconds) "
+        r"\([\d.]+ minutes a billion weights\), "
         r"\d+ MB of memory",
         cost,
     )

@@ -76,6 +76,7 @@ def test_config_provenance_tokenizer_and_card(source: Path, tmp_path: Path, cali
     assert "vllm serve packed --quantization puzzlemoe" in card
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rule", ["paper", "compensated"])
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(rule: str, tmp_path: Path, calibration: Path) -> None:
     source = build_tiny("qwen3_moe", tmp_path / "source")

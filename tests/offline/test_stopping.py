@@ -14,7 +14,7 @@ from vllm_puzzle.cli import main
 
 # Waits after the first layer, and says so; other processes wait in the last one.
 SLOW_CONVERSION = """\
-import sys, time
+import signal, sys, time
 from vllm_puzzle.cli import main
 from vllm_puzzle.offline.conversion.journal import Journal
 from vllm_puzzle.offline.checkpoints.shards import ShardWriter
@@ -29,6 +29,8 @@ def write_slowly(writer, name, tensor):
     if name.startswith("model.layers.2."):
         time.sleep(600)
 if __name__ == "__main__":
+    # Ignored where the tests run in the background of a shell.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     Journal.record = record_slowly
     sys.exit(main(sys.argv[1:]))
 ShardWriter.write = write_slowly

@@ -110,6 +110,7 @@ def test_verify_finds_an_expert_that_answers_like_another(
         assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, first[0].rsplit(".", 2)[0], "cosine")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("uneven", [False, True])
 def test_verify_accepts_experts_that_no_token_reached(uneven: bool, text: Path, tmp_path: Path) -> None:
     """Their mates take from them what they can, the more the more tokens they have and the fewer channels matter."""
