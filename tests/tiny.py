@@ -247,3 +247,13 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+def dated_text(count: int) -> str:
+    """A text to calibrate on, of so many clauses."""
+    return "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(count))
+
+
+def short_text(count: int) -> str:
+    """The same with clauses of about half the length."""
+    return "".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(count))

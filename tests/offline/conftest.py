@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.offline.planning import SPEED
-from tests.tiny import build_tiny
+from tests.tiny import build_tiny, short_text
 from vllm_puzzle.offline.conversion.estimate import Speed
 
 
@@ -25,5 +25,5 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text"
-    path.write_text("".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(60)))
+    path.write_text(short_text(60))
     return path

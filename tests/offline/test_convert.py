@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from tests.offline.checkpoints import expert_bytes, read_all
-from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny
+from tests.tiny import FAMILIES, INTERMEDIATE_SIZE, build_tiny, dated_text
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig, parse_packed_name
 
 FEW_SEQUENCES = ["--calibration-sequences", "4"]
-TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(400))
+TEXT = dated_text(400)
 
 
 @pytest.fixture(scope="module")

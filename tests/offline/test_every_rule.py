@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import FAMILIES, build_tiny
+from tests.tiny import FAMILIES, build_tiny, dated_text
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import PuzzleMoEQuantizationConfig
 from vllm_puzzle.offline.merging.rules import RULES
 
 pytestmark = pytest.mark.heavy
 
-TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(30))
+TEXT = dated_text(30)
 MORE = {"saliency": ["--no-align"], "compensated": ["--align"]}
 OPTIONS = {rule: ["--rule", rule, *MORE.get(rule, [])] for rule in RULES}
 

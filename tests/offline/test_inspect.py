@@ -13,7 +13,7 @@ import torch
 
 from tests.offline.checkpoints import read_all, slots_of
 from tests.offline.faulty import assert_one_sentence
-from tests.tiny import NUM_EXPERTS, build_tiny
+from tests.tiny import NUM_EXPERTS, build_tiny, short_text
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import WORD16, parse_packed_name, unpack
 from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
 def convert(family: str, directory: Path, *options: str) -> Path:
     source, packed = build_tiny(family, directory / "source"), directory / "packed"
     text = directory / "text & <b>.txt"
-    text.write_text("".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(60)))
+    text.write_text(short_text(60))
     assert main(["convert", str(source), str(packed), "--calibration", str(text), "--seed", "5", *options]) == 0
     return packed
 

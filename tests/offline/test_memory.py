@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convert.source import MixtralSizes, write_source
-from tests.tiny import build_tiny
+from tests.tiny import build_tiny, short_text
 
 pytestmark = pytest.mark.heavy
 
@@ -65,7 +65,7 @@ def check_memory(first: Path, source: Path, text: str, folder: Path, rules: list
 def test_no_more_memory_is_taken_than_was_said(tmp_path: Path) -> None:
     source = build_tiny("mixtral", tmp_path / "source", hidden_size=384, intermediate_size=512, num_hidden_layers=2)
     text = tmp_path / "text"
-    text.write_text("".join(f"{i * i % 977} apples and {i % 89} pears; " for i in range(150)))
+    text.write_text(short_text(150))
     check_memory(source, source, str(text), tmp_path, [("paper", None), ("saliency", True), ("compensated", False)])
 
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.plugin.engine import SERVED
-from tests.tiny import build_tiny
+from tests.tiny import build_tiny, dated_text
 from vllm_puzzle.cli import main
 
 INDEX = "model.safetensors.index.json"
 # That of layer 1 in a packed tiny Mixtral.
 SHARD = "model-00003-of-00004.safetensors"
 
-TEXT = "".join(f"{i * i % 977} apples, {i % 89} pears and the {i % 13}th of May; " for i in range(200))
+TEXT = dated_text(200)
 
 
 def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
