@@ -125,6 +125,7 @@ def test_the_level_follows_from_the_machine_and_the_dtype() -> None:
         choose_isa("avx512", torch.float16, without_amx)
 
 
+@pytest.mark.heavy
 def test_slots_are_tiled_in_place() -> None:
     """Tiling 128 MB of slots of 16 MB raises the process's peak by no more than two slots."""
     script = """

@@ -49,6 +49,7 @@ def test_experts_of_other_ranks_are_skipped(engine: str) -> None:
     case.check(engine=engine)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("engine", "dtype"), DTYPES)
 @pytest.mark.parametrize("on_input", [False, True])
 def test_what_is_not_finite(engine: str, dtype: torch.dtype, on_input: bool) -> None:

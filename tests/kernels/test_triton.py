@@ -90,6 +90,7 @@ def test_a_table_with_gaps_is_refused() -> None:
         case.run(engine=TRITON)
 
 
+@pytest.mark.heavy
 def test_slots_beyond_32_bit_offsets() -> None:
     """Untouched memory costs nothing, so that a layer of 2**32 words can be had."""
     case = Case(num_tokens=3, num_experts=2, pairs=1, top_k=2, hidden_size=512, intermediate_size=512)

@@ -18,6 +18,8 @@ from vllm_puzzle.cli import main
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 from vllm_puzzle.offline.conversion.calibration_text import first_tokens, load_tokenizer, read_calibration_text
 
+pytestmark = pytest.mark.heavy
+
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
 

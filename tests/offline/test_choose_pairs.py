@@ -25,6 +25,8 @@ from vllm_puzzle.offline.conversion.pairing import list_candidates
 from vllm_puzzle.offline.merging.layer import LayerTokens
 from vllm_puzzle.offline.merging.pair_loss import estimate_pairs
 
+pytestmark = pytest.mark.heavy
+
 BLOCK = "model.layers.{layer}.block_sparse_moe"
 SALIENCY = ["--rule", "saliency", "--no-align"]
 

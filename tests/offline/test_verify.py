@@ -33,6 +33,7 @@ class Spoiler:
         save_file(tensors, self.file, {"format": "pt"})
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rule", [*RULES_THAT_VERIFY_KNOWS, *RULES_WITHOUT_A_TRACE], ids=" ".join)
 def test_verify_finds_what_was_changed(
     rule: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -66,7 +66,7 @@ def test_sizes_that_are_not_the_models(copy: Path) -> None:
 def test_a_model_that_is_not_packed(tmp_path: Path) -> None:
     source = build_tiny("mixtral", tmp_path / "source")
     with (
-        pytest.raises(ValueError, match="not packed.*vllm-puzzle convert MODEL PACKED"),
+        pytest.raises(ValueError, match=r"not packed.*vllm-puzzle convert MODEL PACKED"),
         running(source, quantization="puzzlemoe"),
     ):
         pass
