@@ -1,15 +1,27 @@
-"""How packed tensors are named on disk: `<experts prefix>.<first member's id>.<projection>.weight_packed`."""
+"""How expert tensors are named on disk: `<experts prefix>.<expert's id>.<projection>.<suffix>`.
+
+A slot of packed pairs has a `weight_packed` for each projection and is named after its first member. A coded expert has
+`weight_packed` and `weight_codebook` for gate, which are up's too, and for down, and a `weight_scale` for each.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from .layout import FormatError
 from .schema import PuzzleMoEQuantizationConfig
 
-# The one suffix that vLLM's stock model classes route into `w13_*` / `w2_*` parameters in every family tried.
+# What vLLM's stock model classes route into `w13_*` / `w2_*` parameters in every family tried.
 PACKED_SUFFIX = "weight_packed"
+CODEBOOK_SUFFIX = "weight_codebook"
+SCALE_SUFFIX = "weight_scale"
 
-_PACKED = re.compile(rf"(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.{PACKED_SUFFIX}")
+_EXPERT = re.compile(
+    r"(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\."
+    rf"(?P<suffix>{PACKED_SUFFIX}|{CODEBOOK_SUFFIX}|{SCALE_SUFFIX})"
+)
+# Gate, up and down.
+_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -18,12 +30,44 @@ def packed_name(prefix: str, expert: int, projection: str) -> str:
     return f"{prefix}.{expert}.{projection}.{PACKED_SUFFIX}"
 
 
+class ExpertTensor(NamedTuple):
+    """What the name of a packed or coded expert's tensor consists of."""
+
+    prefix: str
+    expert: int
+    projection: str
+    suffix: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix}.{self.expert}.{self.projection}.{self.suffix}"
+
+
+def parse_expert_name(name: str) -> ExpertTensor | None:
+    """The parts of the name of a packed or coded expert's tensor, or None for any other tensor's name."""
+    match = _EXPERT.fullmatch(name)
+    return None if match is None else ExpertTensor(match["prefix"], int(match[2]), match[3], match[4])
+
+
 def parse_packed_name(name: str) -> tuple[str, int, str] | None:
-    """The (prefix, expert, projection) that `packed_name` was given, or None for any other tensor's name."""
-    match = _PACKED.fullmatch(name)
-    if match is None:
-        return None
-    return match["prefix"], int(match["expert"]), match["projection"]
+    """The (prefix, expert, projection) of a `weight_packed` tensor, or None for any other tensor's name."""
+    parsed = parse_expert_name(name)
+    return None if parsed is None or parsed.suffix != PACKED_SUFFIX else parsed[:3]
+
+
+def coded_tensors(prefix: str, expert: int, projections: Sequence[str]) -> list[ExpertTensor]:
+    """The tensors of a coded expert, in the order in which they are written; `projections` are gate, up and down."""
+    gate, up, down = projections
+    kinds = (
+        (gate, PACKED_SUFFIX),
+        (gate, CODEBOOK_SUFFIX),
+        (gate, SCALE_SUFFIX),
+        (up, SCALE_SUFFIX),
+        (down, PACKED_SUFFIX),
+        (down, CODEBOOK_SUFFIX),
+        (down, SCALE_SUFFIX),
+    )
+    return [ExpertTensor(prefix, expert, *kind) for kind in kinds]
 
 
 def layer_index(name: str) -> int | None:
@@ -41,7 +85,7 @@ def is_outside(name: str) -> bool:
 
 
 def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantizationConfig, where: str) -> None:
-    """Raises FormatError for the first expert tensor that no slot accounts for, or that a slot lacks.
+    """Raises FormatError for the first expert tensor that the layers do not account for, or that one of them lacks.
 
     vLLM itself skips expert tensors that it cannot place, and leaves what was not loaded as it was allocated.
 
@@ -49,34 +93,63 @@ def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantization
         names: every tensor name of the checkpoint.
         where: what an error message calls the checkpoint.
     """
-    first_members = {
-        slots.layer: {slots.first_member(slot) for slot in range(slots.num_slots)} for slots in quantization.layers
-    }
+    expected = _ExpectedNames(quantization)
     prefixes: dict[int, str] = {}
     projections: set[str] = set()
-    found: set[tuple[int, int, str]] = set()
+    found: set[tuple[int, int, str, str]] = set()
     for name in names:
-        parsed = parse_packed_name(name)
+        parsed = parse_expert_name(name)
         layer = layer_index(name)
         if parsed is None or layer is None:
-            # Layers for multi-token prediction keep plain experts: a layer that no slots are listed for, or outside
-            # the model. A decoder layer without slots is refused when vLLM builds it.
-            plain = is_outside(name) or (layer is not None and layer not in first_members)
+            # Layers for multi-token prediction keep plain experts: a layer that nothing is listed for, or outside
+            # the model. A decoder layer without a list is refused when vLLM builds it.
+            plain = is_outside(name) or (layer is not None and layer not in expected.experts)
             if ".experts." in name and not plain:
                 raise FormatError(f"{where}: {name} is an expert tensor that is not packed; convert the source again")
             continue
-        prefix, expert, projection = parsed
-        if expert not in first_members.get(layer, set()):
-            raise FormatError(
-                f"{where}: {name} is unexpected, no slot of layer {layer} is named after expert {expert}; "
-                f"convert the source again"
-            )
-        prefixes[layer] = prefix
-        projections.add(projection)
-        found.add((layer, expert, projection))
-    for layer, experts in first_members.items():
+        if reason := expected.why_not(layer, parsed):
+            raise FormatError(f"{where}: {name} is unexpected, {reason}; convert the source again")
+        prefixes[layer] = parsed.prefix
+        projections.add(parsed.projection)
+        found.add((layer, *parsed[1:]))
+    for layer, experts in expected.experts.items():
+        prefix = prefixes.get(layer, f"model.layers.{layer}.*.experts")
         for expert in sorted(experts):
-            for projection in sorted(projections) or ["*"]:
-                if (layer, expert, projection) not in found:
-                    name = packed_name(prefixes.get(layer, f"model.layers.{layer}.*.experts"), expert, projection)
-                    raise FormatError(f"{where}: packed tensor {name} is missing; copy or convert the checkpoint again")
+            for tensor in expected.tensors(layer, prefix, expert, projections):
+                if (layer, *tensor[1:]) not in found:
+                    raise FormatError(
+                        f"{where}: packed tensor {tensor.name} is missing; copy or convert the checkpoint again"
+                    )
+
+
+class _ExpectedNames:
+    """The expert tensors that a `quantization_config` implies."""
+
+    def __init__(self, quantization: PuzzleMoEQuantizationConfig) -> None:
+        self._coded = {codes.layer for codes in quantization.coded_layers}
+        self.experts = {
+            slots.layer: {slots.first_member(slot) for slot in range(slots.num_slots)} for slots in quantization.layers
+        }
+        """The ids that tensors of a packed or coded layer are named after, by layer."""
+        self.experts |= {codes.layer: set(range(codes.num_experts)) for codes in quantization.coded_layers}
+
+    def why_not(self, layer: int, tensor: ExpertTensor) -> str | None:
+        """Why a layer has no such tensor, None where it has."""
+        if layer in self._coded:
+            if tensor.expert not in self.experts[layer]:
+                return f"layer {layer} has no expert {tensor.expert}"
+            projections = next((names for names in _PROJECTIONS if tensor.projection in names), _PROJECTIONS[0])
+            there = tensor in coded_tensors(tensor.prefix, tensor.expert, projections)
+            return None if there else "a coded expert has no such tensor"
+        if tensor.suffix != PACKED_SUFFIX:
+            return f"layer {layer} has no coded experts"
+        if tensor.expert not in self.experts.get(layer, set()):
+            return f"no slot of layer {layer} is named after expert {tensor.expert}"
+        return None
+
+    def tensors(self, layer: int, prefix: str, expert: int, projections: set[str]) -> list[ExpertTensor]:
+        """What an expert, or a slot that is named after it, has; `projections` are the names that were met."""
+        if layer in self._coded:
+            names = next((names for names in _PROJECTIONS if projections & set(names)), _PROJECTIONS[0])
+            return coded_tensors(prefix, expert, names)
+        return [ExpertTensor(prefix, expert, name, PACKED_SUFFIX) for name in sorted(projections) or ["*"]]

@@ -1,16 +1,19 @@
 """The schema of `quantization_config` in a packed checkpoint's config.json."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from .coded_layer import LayerCodes
 from .layout import FormatError
 from .slots import LayerSlots
 from .strict import Strict
 
 QUANT_METHOD: Literal["puzzlemoe"] = "puzzlemoe"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSIONS = (1, 2)
+"""Version 1 has packed pairs alone, version 2 coded and plain layers beside them."""
 
 # transformers refuses a config that names an implementation of experts which it does not know. Of a quant_method that
 # it does not know it only warns, and uses random experts.
@@ -28,7 +31,11 @@ class Calibration(Strict):
 
 
 class Provenance(Strict):
-    """How the checkpoint was made; nothing here changes how it is read. `tau` is that of the rule `paper`."""
+    """How the checkpoint was made; nothing here changes how it is read.
+
+    `tau` is that of the rule `paper`. `bits`, a weight, and `even` were asked for of coded experts, which have
+    `pairing` none and `compression` 0; they are not written in version 1.
+    """
 
     rule: str
     tau: float | None
@@ -39,34 +46,55 @@ class Provenance(Strict):
     calibration: Calibration | None
     source_sha256: str
     tool_version: str
+    bits: float | None = None
+    even: bool | None = None
 
 
 class PuzzleMoEQuantizationConfig(Strict):
-    """`quantization_config` of format version 1; every rule that spans fields is checked on write and on load."""
+    """`quantization_config`; every rule that spans fields is checked on write and on load.
+
+    `layers` are those of packed pairs, whose words have `bits` bits, `coded_layers` those of coded experts, and
+    `plain_layers` those whose experts are as they were. The last two are only in version 2.
+    """
 
     quant_method: Literal["puzzlemoe"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     bits: Literal[16] = 16
     num_experts: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     max_expert_parallel: int = Field(gt=0)
     layers: list[LayerSlots]
+    coded_layers: list[LayerCodes] = Field(default_factory=list)
+    plain_layers: list[int] = Field(default_factory=list)
     provenance: Provenance
 
     @model_validator(mode="after")
     def _check(self) -> "PuzzleMoEQuantizationConfig":
-        indices = [layer.layer for layer in self.layers]
-        if indices != sorted(set(indices)):
-            raise ValueError(f"`layers` must be in ascending order without repetition, found {indices}")
+        kinds = {
+            "layers": [layer.layer for layer in self.layers],
+            "coded_layers": [layer.layer for layer in self.coded_layers],
+            "plain_layers": self.plain_layers,
+        }
+        for field, indices in kinds.items():
+            if indices != sorted(set(indices)):
+                raise ValueError(f"`{field}` must be in ascending order without repetition, found {indices}")
+        counts = Counter(index for indices in kinds.values() for index in indices)
+        twice = sorted(index for index, count in counts.items() if count > 1)
+        if twice:
+            raise ValueError(f"layer {twice[0]} is in more than one of {', '.join(f'`{field}`' for field in kinds)}")
+        if self.format_version == 1 and (self.coded_layers or self.plain_layers):
+            raise ValueError("`coded_layers` and `plain_layers` take format_version 2")
         experts_per_rank, rest = divmod(self.num_experts, self.max_expert_parallel)
         if rest:
             raise ValueError(f"{self.num_experts} experts do not divide evenly among {self.max_expert_parallel} ranks")
-        for layer in self.layers:
-            if layer.num_experts != self.num_experts:
+        counted: list[LayerSlots | LayerCodes] = [*self.layers, *self.coded_layers]
+        for each in counted:
+            if each.num_experts != self.num_experts:
                 raise ValueError(
-                    f"layer {layer.layer} lists {layer.num_experts} experts, the checkpoint has {self.num_experts}"
+                    f"layer {each.layer} lists {each.num_experts} experts, the checkpoint has {self.num_experts}"
                 )
+        for layer in self.layers:
             for slot in range(layer.pairs):
                 first, second = layer.members(slot)
                 if first // experts_per_rank != second // experts_per_rank:
@@ -80,10 +108,11 @@ class PuzzleMoEQuantizationConfig(Strict):
     def parse(cls, config: Mapping[str, Any], where: str = "quantization_config") -> "PuzzleMoEQuantizationConfig":
         """Reads the section of config.json; raises FormatError, in one sentence, for anything wrong."""
         version = config.get("format_version")
-        if config.get("quant_method") == QUANT_METHOD and version != FORMAT_VERSION:
+        if config.get("quant_method") == QUANT_METHOD and version not in FORMAT_VERSIONS:
             raise FormatError(
-                f"{where} has format_version {version!r}, this vllm-puzzle reads version {FORMAT_VERSION}; "
-                f"install the release that wrote it, or convert the source checkpoint again"
+                f"{where} has format_version {version!r}, this vllm-puzzle reads versions "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; install the release that wrote it, or convert the source "
+                f"checkpoint again"
             )
         try:
             return cls.model_validate(dict(config))
@@ -94,8 +123,20 @@ class PuzzleMoEQuantizationConfig(Strict):
             raise FormatError(f"{where}{': ' + field if field else ''}: {first['msg']}{more}") from None
 
     def layer(self, index: int) -> LayerSlots | None:
-        """The slots of decoder layer `index`, None where it has no packed experts."""
+        """The slots of decoder layer `index`, None where it has no packed pairs."""
         return next((layer for layer in self.layers if layer.layer == index), None)
+
+    def coded_layer(self, index: int) -> LayerCodes | None:
+        """The codes of decoder layer `index`, None where it has no coded experts."""
+        return next((layer for layer in self.coded_layers if layer.layer == index), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The section as it is written."""
+        section = self.model_dump()
+        if self.format_version == 1:
+            del section["coded_layers"], section["plain_layers"]
+            del section["provenance"]["bits"], section["provenance"]["even"]
+        return section
 
 
 def is_packed(config: Any) -> bool:
@@ -106,7 +147,7 @@ def is_packed(config: Any) -> bool:
 
 def packed_config(plain: Mapping[str, Any], quantization: PuzzleMoEQuantizationConfig) -> dict[str, Any]:
     """config.json of a packed checkpoint, from that of its source."""
-    return {**plain, _EXPERTS_KEY: QUANT_METHOD, _SECTION_KEY: quantization.model_dump()}
+    return {**plain, _EXPERTS_KEY: QUANT_METHOD, _SECTION_KEY: quantization.to_json()}
 
 
 def plain_config(packed: Mapping[str, Any]) -> dict[str, Any]:
