@@ -1,4 +1,5 @@
-# make demo   convert a real MoE language model, serve it and ask it, on a machine without a GPU
+# make demo   convert a real MoE language model, serve it three ways and ask it, on a machine without a GPU; BITS=3 codes
+#             its experts in 3 bits a weight instead of 4
 # make test   lint, types and tests
 # make quick  lint, types and the tests that are done soon, in under 3 minutes on 2 cores: for every change. It leaves out
 #             the tests of the plugin, which start vLLM, those of the benchmarks, and what is marked `heavy`
@@ -16,11 +17,14 @@ SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/offline/mergin
 #   make demo TORCH_INDEX="--extra-index-url <that index>"
 TORCH_INDEX ?=
 
+# Bits a weight of the demonstration's coded experts, 2 to 4.
+BITS ?= 4
+
 .PHONY: demo test quick lint quick-tests clean
 
 demo: $(VENV)/ready $(COMPILED)
 	rm -rf demo
-	$(BIN)/python -m benchmarks.demo --work demo
+	$(BIN)/python -m benchmarks.demo --work demo --bits $(BITS)
 
 # Two tests at once, since most are one thread's work. Each process has one half of the files in a row, so that the
 # fixtures of a file are made once, and when it is done it takes tests from the other's rest: neither waits at the end.

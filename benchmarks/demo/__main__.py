@@ -1,9 +1,8 @@
-"""The demonstration behind `make demo`: build the reference model, pack it, serve it, ask it.
+"""The demonstration behind `make demo`: build the reference model, pack it, code it, serve it three ways, ask it.
 
 It uses the sparsely routed variant of the reference model: half of each layer's neurons sit in a shared expert that
-packing leaves alone, so its replies stay sensible at 50 %. The all-active variant, whose whole FFN is merged, soon
-repeats itself. The uncompressed model is served the same way, one after the other, for its speed and memory.
-The last line of output is one JSON object.
+packing leaves alone. The uncompressed model is served the same way as packed pairs and coded experts, one after the
+other, for its speed and memory. The last line of output is one JSON object.
 """
 
 import argparse
@@ -12,6 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from openai import OpenAI
 from benchmarks.demo.server import KV_CACHE_GIB, Server, serving
 from benchmarks.reference_model.build import build
 from benchmarks.reference_model.wheels import DEFAULT_CACHE, read_text
-from vllm_puzzle.format import parse_packed_name
+from vllm_puzzle.format import parse_expert_name
 from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
 
 QUESTION = "What is the capital of France?"
@@ -38,7 +39,7 @@ def _expert_bytes(checkpoint: Checkpoint) -> int:
     return sum(
         info.num_bytes
         for name, info in checkpoint.tensors.items()
-        if parse_packed_name(name) is not None or ".mlp.experts." in name
+        if parse_expert_name(name) is not None or ".mlp.experts." in name
     )
 
 
@@ -69,53 +70,94 @@ def ask(server: Server, model: Path) -> tuple[str, float]:
     return chat.choices[0].message.content or "", statistics.median(rates)
 
 
-def demo(work: Path, cache: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Served:
+    """What a checkpoint takes, on disk and in memory, and how it replies."""
+
+    expert_bytes: int
+    checkpoint_bytes: int
+    resident_bytes: int
+    tokens_per_s: float
+    answer: str
+
+    def to_json(self, prefix: str, suffix: str = "") -> dict[str, Any]:
+        """Its sizes, by field."""
+        return {
+            f"{prefix}expert_bytes{suffix}": self.expert_bytes,
+            f"{prefix}checkpoint_bytes{suffix}": self.checkpoint_bytes,
+            f"{prefix}resident_bytes{suffix}": self.resident_bytes,
+        }
+
+
+def serve_and_ask(model: Path, log: Path, *options: str) -> Served:
+    """Serves a checkpoint with more `options` and asks it."""
+    checkpoint = Checkpoint(model)
+    with serving(model, log, "--max-model-len", "2048", *options) as server:
+        answer, rate = ask(server, model)
+        resident = server.resident_bytes()
+    return Served(_expert_bytes(checkpoint), checkpoint.num_bytes, resident, rate, answer)
+
+
+def demo(work: Path, cache: Path, bits: float) -> dict[str, Any]:
     """Runs every step in the new folder `work`; returns what the last line of output says."""
     started = time.monotonic()
     cache.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True)
-    source, packed, text = work / "reference-moe", work / "reference-moe-packed", work / "c4.txt"
+    source, text = work / "reference-moe", work / "c4.txt"
+    packed, coded = work / "reference-moe-packed", work / "reference-moe-coded"
     print("building the sparsely routed reference model", flush=True)
     build("sparse", source, cache)
     text.write_text(read_text("c4", cache), encoding="utf-8")
+    calibration = ("--calibration", str(text), "--calibration-sequences", str(CALIBRATION_SEQUENCES))
     # The default rule would take minutes more to answer the same question.
-    options = ("--calibration", str(text), "--calibration-sequences", str(CALIBRATION_SEQUENCES), "--rule", "saliency")
-    _run("vllm_puzzle.convert", str(source), str(packed), *options)
-    before, after = Checkpoint(source), Checkpoint(packed)
-    with serving(source, work / "server-uncompressed.log", "--max-model-len", "2048") as server:
-        uncompressed, rate_before = ask(server, source)
-        resident_before = server.resident_bytes()
-    with serving(packed, work / "server.log", "--quantization", "puzzlemoe", "--max-model-len", "2048") as server:
-        answer, rate = ask(server, packed)
-        resident = server.resident_bytes()
-    print(f"experts     {_expert_bytes(before):>12,} -> {_expert_bytes(after):>12,} bytes")
-    print(f"checkpoint  {before.num_bytes:>12,} -> {after.num_bytes:>12,} bytes")
-    print(f"resident    {resident_before:>12,} -> {resident:>12,} bytes, of which vLLM's KV cache {KV_CACHE_GIB} GiB")
-    print(f"tokens/s    {rate_before:>12.1f} -> {rate:>12.1f}")
-    print(f"question:      {QUESTION}\nuncompressed:  {uncompressed}\npacked pairs:  {answer}")
+    _run("vllm_puzzle.convert", str(source), str(packed), *calibration, "--rule", "saliency")
+    _run("vllm_puzzle.convert", str(source), str(coded), *calibration, "--bits", f"{bits:g}")
+    plugin = ("--quantization", "puzzlemoe")
+    before = serve_and_ask(source, work / "server-uncompressed.log")
+    pairs = serve_and_ask(packed, work / "server.log", *plugin)
+    codes = serve_and_ask(coded, work / "server-coded.log", *plugin)
+    _print_table({"uncompressed": before, "packed pairs": pairs, f"{bits:g} bits": codes})
     return {
-        "expert_bytes_before": _expert_bytes(before),
-        "expert_bytes_after": _expert_bytes(after),
-        "checkpoint_bytes_before": before.num_bytes,
-        "checkpoint_bytes_after": after.num_bytes,
-        "answer": answer,
-        "answer_uncompressed": uncompressed,
-        "resident_bytes_before": resident_before,
-        "resident_bytes_after": resident,
-        "tokens_per_s_before": round(rate_before, 2),
-        "tokens_per_s": round(rate, 2),
+        **before.to_json("", "_before"),
+        **pairs.to_json("", "_after"),
+        "answer": pairs.answer,
+        "answer_uncompressed": before.answer,
+        "tokens_per_s_before": round(before.tokens_per_s, 2),
+        "tokens_per_s": round(pairs.tokens_per_s, 2),
+        "coded_bits": bits,
+        **codes.to_json("coded_"),
+        "coded_answer": codes.answer,
+        "coded_tokens_per_s": round(codes.tokens_per_s, 2),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _print_table(served: Mapping[str, Served]) -> None:
+    print(f"{'':14}" + "".join(f"{name:>16}" for name in served))
+    for label, of in (
+        ("expert bytes", lambda each: f"{each.expert_bytes:,}"),
+        ("checkpoint", lambda each: f"{each.checkpoint_bytes:,}"),
+        ("resident", lambda each: f"{each.resident_bytes:,}"),
+        ("tokens/s", lambda each: f"{each.tokens_per_s:.1f}"),
+    ):
+        print(f"{label:14}" + "".join(f"{of(each):>16}" for each in served.values()))
+    print(f"vLLM's KV cache is {KV_CACHE_GIB} GiB of what is resident")
+    print(f"question:      {QUESTION}")
+    for name, each in served.items():
+        print(f"{name + ':':14} {each.answer}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder to write; must not exist")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where downloads are kept")
+    parser.add_argument("--bits", type=float, default=4, help="bits a weight of the coded experts, 2 to 4 (default: 4)")
     arguments = parser.parse_args()
+    if not 2 <= arguments.bits <= 4:
+        parser.error(f"--bits {arguments.bits:g} is outside 2 to 4")
     if arguments.work.exists():
         parser.error(f"{arguments.work} exists already; remove it or give another --work")
-    print(json.dumps(demo(arguments.work, arguments.cache)))
+    print(json.dumps(demo(arguments.work, arguments.cache, arguments.bits)))
     return 0
 
 
