@@ -4,6 +4,7 @@ It puts weights into an order of its own when they are first used, in place, and
 process.
 """
 
+import importlib
 import importlib.util
 
 import torch
@@ -36,7 +37,7 @@ def build_zentorch(w13: torch.Tensor, w2: torch.Tensor) -> tuple[list[Engine], l
     """The kinds that run here, from BF16 experts, and a sentence for each that does not."""
     if importlib.util.find_spec("zentorch") is None:
         return [], ["zentorch is not installed: its peers are left out"]
-    import zentorch  # noqa: F401
+    importlib.import_module("zentorch")
 
     engines: list[Engine] = []
     reasons = []
@@ -62,10 +63,12 @@ def _bf16(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _int8(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A float32 scale per output row, activations rounded to INT8 token by token (W8A8)."""
+    # Expert by expert: a layer in float32 would be gigabytes.
     weights, scales = [], []
     for weight in (w13, w2):
-        scale = weight.float().abs().amax(dim=-1, keepdim=True) / 127
-        weights.append((weight.float() / scale).round().to(torch.int8))
+        scale = weight.abs().amax(dim=-1, keepdim=True).float() / 127
+        rounded = [(each.float() / of_rows).round().to(torch.int8) for each, of_rows in zip(weight, scale, strict=True)]
+        weights.append(torch.stack(rounded))
         scales.append(scale.squeeze(-1))
     return (*weights, *scales)
 
@@ -74,10 +77,13 @@ def _int4(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A BF16 scale per 128 columns."""
     weights, scales = [], []
     for weight in (w13, w2):
-        experts, rows, columns = weight.shape
-        groups = weight.float().view(experts, rows, columns // INT4_GROUP, INT4_GROUP)
-        scale = groups.abs().amax(dim=-1, keepdim=True) / 7
-        integers = (groups / scale).round().to(torch.int8).view(weight.shape)
-        weights.append(torch.stack([torch.ops.zentorch.zentorch_woq_repack_weight(each) for each in integers]))
-        scales.append(scale.squeeze(-1).bfloat16())
+        packed, of_groups = [], []
+        for each in weight:
+            groups = each.float().view(each.shape[0], -1, INT4_GROUP)
+            scale = groups.abs().amax(dim=-1, keepdim=True) / 7
+            integers = (groups / scale).round().to(torch.int8).view(each.shape)
+            packed.append(torch.ops.zentorch.zentorch_woq_repack_weight(integers))
+            of_groups.append(scale.squeeze(-1).bfloat16())
+        weights.append(torch.stack(packed))
+        scales.append(torch.stack(of_groups))
     return (*weights, *scales)

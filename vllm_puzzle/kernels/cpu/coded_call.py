@@ -57,8 +57,8 @@ def _stays(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def run_coded_call(isa: Isa, *arguments: *CodedArguments) -> torch.Tensor:
     """Computes `coded_moe` with arguments that fit."""
-    x, w13_codes, w13_index, w13_codebook, w13_scale, w2_codes, w2_index, w2_codebook, w2_scale, *others = arguments
-    expert_map, topk_weights, topk_ids, activation, apply_router_weight_on_input = others
+    x, w13_codes, w13_index, w13_codebook, w13_scale, w2_codes, w2_index, w2_codebook, w2_scale = arguments[:9]
+    expert_map, topk_weights, topk_ids, activation, apply_router_weight_on_input = arguments[9:]
     if topk_weights.dtype is not torch.float32:
         topk_weights = topk_weights.float()
     x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
