@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import Case
-from tests.kernels.engines import ON_CPU
+from tests.kernels.engines import CODED, ON_CPU
 from vllm_puzzle.format import WORD16
 from vllm_puzzle.kernels import ENGINES, REFERENCE, Arguments, Engine, EngineError, choose_engine
 
@@ -84,6 +84,23 @@ def test_words_begin_as_zeros_padded_to_the_multiple(name: str) -> None:
     assert w13.dtype == w2.dtype == WORD16.dtype
     assert not w13.any()
     assert not w2.any()
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes_begin_as_zeros_padded_to_the_multiple(name: str) -> None:
+    engine = ENGINES[name]
+    w13, w2 = engine.allocate_codes([4, 8], [6, 5], hidden_size=41, intermediate_size=24)
+    hidden, intermediate = {1: (42, 24), 32: (64, 32)}[engine.multiple]
+    assert (w13.scale.shape, w2.scale.shape) == ((2, 2, intermediate), (2, 2, hidden // 2))
+    assert [tuple(w13.packed(expert).shape) for expert in range(2)] == [(intermediate, 8), (intermediate, 16)]
+    assert [tuple(w2.packed(expert).shape) for expert in range(2)] == [(hidden // 2, 6), (hidden // 2, 5)]
+    for matrices, bits in ((w13, [4, 8]), (w2, [6, 5])):
+        assert matrices.index[:, 1].tolist() == bits
+        assert matrices.codebook.shape == (2, 256, 2)
+        assert not any(tensor.any() for tensor in (matrices.codes, matrices.codebook, matrices.scale))
+        for expert in range(2):
+            matrices.packed(expert)[:] = expert + 1
+        assert matrices.packed(0).unique().tolist() == [1]
 
 
 def test_importing_the_engines_imports_nothing_that_they_need() -> None:
