@@ -11,6 +11,7 @@ from ..checkpoints.coded import code_bits, lay_out_coded
 from ..checkpoints.expert_tensors import layer_names
 from ..checkpoints.families import MoEShape
 from ..checkpoints.shards import TensorLayout
+from ..coding.budget import bytes_at, expert_bytes
 from ..coding.code_layer import code_layer
 from ..coding.compiled import LIBRARY_PATH, is_compiled
 from ..coding.expert import CodedExpert
@@ -197,18 +198,8 @@ class CodeMethod(Method):
         return num_experts
 
     def expert_bytes(self, shape: MoEShape) -> int:
-        below, above = (
-            max(w for w in CODE_BITS if w <= 2 * self.bits),
-            min(w for w in CODE_BITS if w >= 2 * self.bits),
-        )
-        sizes = [_layer_bytes(shape, width) * len(shape.moe_layers) for width in (below, above)]
-        share = 0.0 if below == above else (2 * self.bits - below) / (above - below)
-        return round((1 - share) * sizes[0] + share * sizes[1])
-
-
-def _layer_bytes(shape: MoEShape, width: int) -> int:
-    codes = LayerCodes.even(shape.moe_layers[0], 1, width)
-    return shape.num_experts * sum(tensor.num_bytes for tensor in lay_out_coded(shape, codes, 0))
+        sizes = expert_bytes(shape.hidden_size, shape.intermediate_size)
+        return round(bytes_at(self.bits, sizes) * shape.num_experts * len(shape.moe_layers))
 
 
 def _told(setup: Setup, reports: Iterable[LayerReport]) -> list[CodeReport]:
