@@ -23,8 +23,72 @@ def random_words(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return pack(magnitude, masks, signs)
 
 
-class Case:
-    """Random packed experts, tokens and routing."""
+class Call:
+    """Random tokens and routing, and what experts must make of them."""
+
+    def __init__(
+        self,
+        generator: torch.Generator,
+        num_tokens: int,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.intermediate_size = intermediate_size
+        self.x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+        self.topk_weights = torch.rand(num_tokens, top_k, generator=generator)
+        chosen = [torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)]
+        self.topk_ids = torch.stack(chosen).int() if chosen else torch.empty(0, top_k, dtype=torch.int32)
+
+    @property
+    def place_of_expert(self) -> torch.Tensor:
+        """(num_global_experts,), int32: where each expert is, -1 for one that is not here; to be written to."""
+        raise NotImplementedError
+
+    def matrices(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The w13 and w2 of the expert at a place, float64."""
+        raise NotImplementedError
+
+    def run(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> torch.Tensor:
+        raise NotImplementedError
+
+    def expected(self, activation: str = "silu", on_input: bool = False) -> torch.Tensor:
+        """Expert by expert, in float64."""
+        activate = {
+            "silu": functional.silu,
+            "gelu": functional.gelu,
+            "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
+        }[activation]
+        output = torch.zeros(self.x.shape, dtype=torch.float64)
+        for expert, place in enumerate(self.place_of_expert.tolist()):
+            tokens, choices = torch.where(self.topk_ids == expert)
+            if place < 0 or not len(tokens):
+                continue
+            w13, w2 = self.matrices(place)
+            weight = self.topk_weights[tokens, choices, None].double()
+            gate, up = ((self.x[tokens].double() * (weight if on_input else 1.0)) @ w13.T).chunk(2, dim=1)
+            result = (activate(gate) * up) @ w2.T
+            output.index_add_(0, tokens, result if on_input else result * weight)
+        return output
+
+    def check(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> None:
+        interpreted = engine == TRITON and INTERPRETED
+        tolerance = (INTERPRETED_TOLERANCE if interpreted else TOLERANCE)[self.x.dtype]
+        self.compare(self.run(activation, on_input, engine), self.expected(activation, on_input), tolerance)
+
+    def compare(self, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+        assert got.dtype == self.x.dtype
+        assert got.shape == self.x.shape
+        assert torch.isfinite(got).all()
+        error = (got.double() - expected).norm()
+        allowed = tolerance * expected.norm() + absolute_error(got.dtype) * got.numel() ** 0.5
+        assert error <= allowed, f"relative error {error / expected.norm()}"
+
+
+class Case(Call):
+    """A call of `packed_moe`, with random packed experts."""
 
     def __init__(
         self,
@@ -43,11 +107,15 @@ class Case:
         self.w13 = random_words(generator, self.slots.num_slots, 2 * intermediate_size, hidden_size)
         self.w2 = random_words(generator, self.slots.num_slots, hidden_size, intermediate_size)
         self.slot_of_expert = self.slots.slot_of_expert()
-        self.intermediate_size = intermediate_size
-        self.x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
-        self.topk_weights = torch.rand(num_tokens, top_k, generator=generator)
-        chosen = [torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(num_tokens)]
-        self.topk_ids = torch.stack(chosen).int() if chosen else torch.empty(0, top_k, dtype=torch.int32)
+        super().__init__(generator, num_tokens, num_experts, top_k, hidden_size, intermediate_size, dtype)
+
+    @property
+    def place_of_expert(self) -> torch.Tensor:
+        return self.slot_of_expert
+
+    def matrices(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        slot, member = divmod(place, 2)
+        return unpack(self.w13[slot], member).double(), unpack(self.w2[slot], member).double()
 
     def make_positive(self) -> None:
         """Leaves no two terms to cancel: in a sum of few, rounding can be all that is left, and says nothing."""
@@ -75,38 +143,6 @@ class Case:
     def run(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> torch.Tensor:
         return packed_moe(*self.tensors(engine), activation, on_input, engine).to(self.x.device)
 
-    def expected(self, activation: str = "silu", on_input: bool = False) -> torch.Tensor:
-        """Expert by expert, in float64."""
-        activate = {
-            "silu": functional.silu,
-            "gelu": functional.gelu,
-            "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
-        }[activation]
-        output = torch.zeros(self.x.shape, dtype=torch.float64)
-        for expert, code in enumerate(self.slot_of_expert.tolist()):
-            tokens, choices = torch.where(self.topk_ids == expert)
-            if code < 0 or not len(tokens):
-                continue
-            w13, w2 = (unpack(words[code // 2], code % 2).double() for words in (self.w13, self.w2))
-            weight = self.topk_weights[tokens, choices, None].double()
-            gate, up = ((self.x[tokens].double() * (weight if on_input else 1.0)) @ w13.T).chunk(2, dim=1)
-            result = (activate(gate) * up) @ w2.T
-            output.index_add_(0, tokens, result if on_input else result * weight)
-        return output
-
-    def check(self, activation: str = "silu", on_input: bool = False, engine: str = REFERENCE) -> None:
-        interpreted = engine == TRITON and INTERPRETED
-        tolerance = (INTERPRETED_TOLERANCE if interpreted else TOLERANCE)[self.x.dtype]
-        self.compare(self.run(activation, on_input, engine), self.expected(activation, on_input), tolerance)
-
-    def compare(self, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-        assert got.dtype == self.x.dtype
-        assert got.shape == self.x.shape
-        assert torch.isfinite(got).all()
-        error = (got.double() - expected).norm()
-        allowed = tolerance * expected.norm() + absolute_error(got.dtype) * got.numel() ** 0.5
-        assert error <= allowed, f"relative error {error / expected.norm()}"
-
 
 def absolute_error(dtype: torch.dtype) -> float:
     """What an element may be off however small it is.
@@ -120,7 +156,7 @@ def absolute_error(dtype: torch.dtype) -> float:
     return 2 * info.smallest_normal * info.eps
 
 
-def check_what_is_not_finite(case: Case, run: Callable[[], torch.Tensor]) -> None:
+def check_what_is_not_finite(case: Call, run: Callable[[], torch.Tensor]) -> None:
     """Puts NaN and infinities where a call must not look, and then where they may spoil one row each.
 
     Args:
@@ -130,7 +166,7 @@ def check_what_is_not_finite(case: Case, run: Callable[[], torch.Tensor]) -> Non
     skipped, elsewhere, infinite, nan, weighted = range(3, 8)
     clean = range(3)
     # Expert 0 becomes another rank's: one token has no other expert.
-    case.slot_of_expert[0] = -1
+    case.place_of_expert[0] = -1
     case.topk_ids[:] = case.topk_ids.clamp(min=1)
     case.topk_ids[skipped] = -1
     case.topk_ids[elsewhere] = 0

@@ -17,3 +17,6 @@ ON_CPU = [
 HERE = [*ON_CPU, pytest.param(TRITON, marks=TRITON_MARKS)]
 CPU_DTYPES = [(engine, dtype) for engine in ON_CPU for dtype in ENGINES[engine].dtypes]
 DTYPES = CPU_DTYPES + [pytest.param(TRITON, dtype, marks=TRITON_MARKS) for dtype in ENGINES[TRITON].dtypes]
+CODED = [name for name in ON_CPU if ENGINES[name].reads_codes]
+CODED_CPU = [name for name in CODED if name in CPU_ENGINES]
+CODED_DTYPES = [(engine, dtype) for engine, dtype in CPU_DTYPES if engine in CODED]

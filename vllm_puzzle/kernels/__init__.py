@@ -1,12 +1,13 @@
-"""The operator `packed_moe` and the engines behind it; importing it registers `torch.ops.vllm_puzzle.packed_moe`.
+"""The operators `packed_moe` and `coded_moe` and the engines behind them; importing it registers both with torch.
 
 Importing it imports neither Triton nor compiled code; an engine does when it is first chosen or run.
 """
 
 from .choice import choose_engine
-from .engine import Arguments, Engine, padded
+from .coded import CodedMatrices
+from .engine import Arguments, CodedArguments, Engine, padded
 from .errors import EngineError
-from .operator import packed_moe
+from .operator import coded_moe, packed_moe
 from .reference import REFERENCE
 from .registry import ENGINES
 from .triton import TRITON
@@ -16,9 +17,12 @@ __all__ = [
     "REFERENCE",
     "TRITON",
     "Arguments",
+    "CodedArguments",
+    "CodedMatrices",
     "Engine",
     "EngineError",
     "choose_engine",
+    "coded_moe",
     "packed_moe",
     "padded",
 ]

@@ -1,10 +1,15 @@
 """What an engine is: all that the operator, the choice of an engine and the plugin know of one."""
 
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from vllm_puzzle.format import WORD16, WordLayout
+
+from .coded import CodedMatrices, allocate_matrices
+from .errors import EngineError
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """x, w13, w2, slot_of_expert, topk_weights and topk_ids of `packed_moe`."""
@@ -12,11 +17,30 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str, bool]
 """The arguments of `packed_moe` but the engine's name. Passed one by one: to bundle them costs a CPU 0.6 us a call."""
 
+CodedTensors = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]
+"""x, the four tensors of w13 and of w2, expert_map, topk_weights and topk_ids of `coded_moe`."""
+
+CodedArguments = tuple[*CodedTensors, str, bool]
+"""The arguments of `coded_moe` but the engine's name."""
+
 
 class Engine(Protocol):
-    """A way to compute `packed_moe`: a frozen object in `registry.ENGINES`.
+    """A way to compute `packed_moe`, and perhaps `coded_moe`: a frozen object in `registry.ENGINES`.
 
-    The defaults are those of an engine that reads words in the order in which checkpoints store them.
+    The defaults are those of an engine that reads words in the order in which checkpoints store them, and no codes.
     """
 
     @property
@@ -38,6 +62,11 @@ class Engine(Protocol):
     def layouts(self) -> tuple[WordLayout, ...]:
         """The words that it reads."""
         return (WORD16,)
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether it computes `coded_moe`."""
+        return False
 
     @property
     def multiple(self) -> int:
@@ -93,6 +122,45 @@ class Engine(Protocol):
     def run(self, *arguments: *Arguments) -> torch.Tensor:
         """Computes `packed_moe`, which says what is taken, returned and raised."""
         ...
+
+    def allocate_codes(
+        self, w13_bits: Sequence[int], w2_bits: Sequence[int], hidden_size: int, intermediate_size: int
+    ) -> tuple[CodedMatrices, CodedMatrices]:
+        """Zero codes on the current default device, padded to `multiple`, for a rank's experts to be copied into.
+
+        Args:
+            w13_bits: the width of each expert's codes of gate and up; `w2_bits` of down.
+
+        Returns:
+            w13, with a row of codes for each neuron, and w2, with one for two outputs.
+        """
+        hidden, intermediate = padded_codes(hidden_size, intermediate_size, self.multiple)
+        return allocate_matrices(w13_bits, intermediate, hidden), allocate_matrices(w2_bits, hidden // 2, intermediate)
+
+    def prepare_codes(self, w13: CodedMatrices, w2: CodedMatrices, max_num_tokens: int, top_k: int) -> None:
+        """`prepare` for codes.
+
+        Where all experts have one width, every tensor but `index` may afterwards be permuted by expert, `codes` as
+        (num_experts, bytes): nothing in an expert depends on its place.
+
+        Raises:
+            ValueError: matrices that `allocate_codes` cannot have returned.
+        """
+        return
+
+    def run_coded(self, *arguments: *CodedArguments) -> torch.Tensor:
+        """Computes `coded_moe`, which says what is taken, returned and raised."""
+        raise EngineError(reads_no_codes(self))
+
+
+def reads_no_codes(engine: Engine) -> str:
+    """Why an engine is refused for coded experts."""
+    return f"the engine {engine.name} does not read coded experts; choose VLLM_PUZZLE_ENGINE=reference"
+
+
+def padded_codes(hidden_size: int, intermediate_size: int, multiple: int) -> tuple[int, int]:
+    """The hidden and the intermediate size of coded experts, padded: two outputs make a row of w2's codes."""
+    return padded(hidden_size, math.lcm(2, multiple)), padded(intermediate_size, multiple)
 
 
 def padded(size: int, multiple: int) -> int:

@@ -3,7 +3,7 @@
 from .engine import CPU_ENGINES, CpuEngine
 from .levels import choose_isa, unusable, usable_isas
 from .library import Isa
-from .slots import empty_slots, tile_slots_
+from .slots import empty_slots, order_codes_, tile_slots_
 from .workspace import WORKSPACE
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Isa",
     "choose_isa",
     "empty_slots",
+    "order_codes_",
     "tile_slots_",
     "unusable",
     "usable_isas",

@@ -1,21 +1,20 @@
 """The CPU engine: one object for each instruction set, over the same compiled library."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_call, misfit
-from ..engine import Engine, padded
+from ..checks import check_call, check_coded_call, coded_misfit, misfit
+from ..coded import CodedMatrices, allocate_matrices
+from ..engine import CodedArguments, Engine, padded, padded_codes
 from ..errors import EngineError
+from .coded_call import coded_fits, run_coded_call
 from .levels import choose_isa, unusable
-from .library import CALL_LAYOUT, Activation, Dtype, IdType, Isa, Refusal, load_library
-from .slots import BLOCK, empty_slots, tile_slots_
+from .library import ACTIVATIONS, CALL_LAYOUT, DTYPES, ID_TYPES, Isa, Refusal, load_library
+from .slots import BLOCK, empty_bytes, empty_slots, order_codes_, tile_slots_
 from .workspace import WORKSPACE
-
-_DTYPES = {torch.bfloat16: Dtype.BFLOAT16, torch.float16: Dtype.FLOAT16, torch.float32: Dtype.FLOAT32}
-_ID_TYPES = {torch.int32: IdType.INT32, torch.int64: IdType.INT64}
-_ACTIVATIONS = {"silu": Activation.SILU, "gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH}
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class CpuEngine(Engine):
 
     family = "cpu"
     multiple = BLOCK
+    reads_codes = True
     # There is no graph to hold it.
     can_be_captured = False
 
@@ -35,7 +35,7 @@ class CpuEngine(Engine):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        return tuple(_DTYPES) if self.isa is Isa.PORTABLE else (torch.bfloat16,)
+        return tuple(DTYPES) if self.isa is Isa.PORTABLE else (torch.bfloat16,)
 
     def suits(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -54,10 +54,38 @@ class CpuEngine(Engine):
     def prepare(self, w13: torch.Tensor, w2: torch.Tensor, max_num_tokens: int, top_k: int) -> None:
         tile_slots_(w13, w2)
         num_slots, padded_hidden, padded_intermediate = w2.shape
+        self._make_room(num_slots, padded_hidden, padded_intermediate, max_num_tokens, top_k)
+
+    def allocate_codes(
+        self, w13_bits: Sequence[int], w2_bits: Sequence[int], hidden_size: int, intermediate_size: int
+    ) -> tuple[CodedMatrices, CodedMatrices]:
+        hidden, intermediate = padded_codes(hidden_size, intermediate_size, BLOCK)
+        return (
+            allocate_matrices(w13_bits, intermediate, hidden, empty_bytes),
+            allocate_matrices(w2_bits, hidden // 2, intermediate, empty_bytes),
+        )
+
+    def prepare_codes(self, w13: CodedMatrices, w2: CodedMatrices, max_num_tokens: int, top_k: int) -> None:
+        order_codes_(w13, w2, self.isa)
+        num_experts, _, rows = w2.scale.shape
+        self._make_room(num_experts, 2 * rows, w13.scale.shape[2], max_num_tokens, top_k)
+
+    def _make_room(
+        self, num_slots: int, padded_hidden: int, padded_intermediate: int, max_num_tokens: int, top_k: int
+    ) -> None:
         with WORKSPACE.lock:
             sizes = (0, max_num_tokens, padded_hidden, padded_hidden, padded_intermediate, num_slots, 0, top_k)
             CALL_LAYOUT.pack_into(WORKSPACE.call, 0, *[0] * 8, *sizes, 0, 0, 0, 0, self.isa, 0)
             WORKSPACE.grow(load_library().puzzlemoe_workspace_bytes(WORKSPACE.call))
+
+    def run_coded(self, *arguments: *CodedArguments) -> torch.Tensor:
+        if reason := unusable(self.isa):
+            raise EngineError(f"the engine {self.name} cannot be used: {reason}")
+        *tensors, activation, _ = arguments
+        if not (activation in ACTIVATIONS and coded_fits(self.isa, *tensors)):
+            check_coded_call(self, *arguments)
+            raise coded_misfit(self, *tensors)
+        return run_coded_call(self.isa, *arguments)
 
     # Long, since every line and every call of Python costs time here; see CALL_LAYOUT.
     def run(
@@ -73,7 +101,7 @@ class CpuEngine(Engine):
     ) -> torch.Tensor:
         if reason := unusable(self.isa):
             raise EngineError(f"the engine {self.name} cannot be used: {reason}")
-        if not (activation in _ACTIVATIONS and _fits(self.isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids)):
+        if not (activation in ACTIVATIONS and _fits(self.isa, x, w13, w2, slot_of_expert, topk_weights, topk_ids)):
             tensors = (x, w13, w2, slot_of_expert, topk_weights, topk_ids)
             check_call(self, *tensors, activation, apply_router_weight_on_input)
             raise misfit(self, *tensors)
@@ -107,9 +135,9 @@ class CpuEngine(Engine):
                     num_slots,
                     slot_of_expert.shape[0],
                     topk_ids.shape[1],
-                    _ID_TYPES[topk_ids.dtype],
-                    _DTYPES[x.dtype],
-                    _ACTIVATIONS[activation],
+                    ID_TYPES[topk_ids.dtype],
+                    DTYPES[x.dtype],
+                    ACTIVATIONS[activation],
                     apply_router_weight_on_input,
                     self.isa,
                     0,
@@ -147,11 +175,11 @@ def _fits(
         and w2.shape == (num_slots, columns, rows // 2)
         and topk_ids.shape[0] == num_tokens
         and topk_ids.shape == topk_weights.shape
-        and (x.dtype is torch.bfloat16 or (isa == Isa.PORTABLE and x.dtype in _DTYPES))
+        and (x.dtype is torch.bfloat16 or (isa == Isa.PORTABLE and x.dtype in DTYPES))
         and w13.dtype is torch.int16
         and w2.dtype is torch.int16
         and slot_of_expert.dtype is torch.int32
-        and topk_ids.dtype in _ID_TYPES
+        and topk_ids.dtype in ID_TYPES
         and w13.is_contiguous()
         and w2.is_contiguous()
         and slot_of_expert.is_contiguous()

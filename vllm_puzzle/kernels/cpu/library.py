@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 # The OpenMP runtime that the library names is then the one that torch has loaded, and its pool of threads torch's own.
-import torch  # noqa: F401
+import torch
 
 from ..errors import EngineError
 from .build import LIBRARY_NAME
@@ -63,11 +63,18 @@ class Refusal(IntEnum):
     UNKNOWN_SLOT = -2
     MISSING_ADDRESS = -3
     TOO_MANY_ROWS = -4
+    UNKNOWN_CODES = -5
 
+
+DTYPES = {torch.bfloat16: Dtype.BFLOAT16, torch.float16: Dtype.FLOAT16, torch.float32: Dtype.FLOAT32}
+ID_TYPES = {torch.int32: IdType.INT32, torch.int64: IdType.INT64}
+ACTIVATIONS = {"silu": Activation.SILU, "gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH}
 
 # `PuzzleMoeCall` of csrc/abi.h: 8 addresses, 8 sizes, 6 choices. Packed in one go, since a call from Python runs on
 # caches that the weights of the last layer have swept, where every line of it costs about a microsecond.
 CALL_LAYOUT = struct.Struct("=8Q8q6i")
+# What `PuzzleMoeCodedCall` has behind it: 3 addresses and a size for each matrix.
+CODES_LAYOUT = struct.Struct("=3Qq3Qq")
 
 
 @cache
@@ -80,9 +87,14 @@ def load_library() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(LIBRARY_PATH))
     library.puzzlemoe_isa_status.argtypes = [ctypes.c_int32]
-    for function in (library.puzzlemoe_workspace_bytes, library.puzzlemoe_packed_moe):
+    for function in (library.puzzlemoe_workspace_bytes, library.puzzlemoe_packed_moe, library.puzzlemoe_coded_moe):
         function.argtypes = [ctypes.c_void_p]
         function.restype = ctypes.c_int64
     library.puzzlemoe_tile_slot.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
     library.puzzlemoe_tile_slot.restype = None
+    pointers, sizes, choices = [ctypes.c_void_p] * 2, [ctypes.c_int64] * 2, [ctypes.c_int32] * 2
+    library.puzzlemoe_order_codes.argtypes = [*pointers, *sizes, *choices]
+    library.puzzlemoe_order_codes.restype = None
+    library.puzzlemoe_order_codebook.argtypes = [ctypes.c_void_p, *choices]
+    library.puzzlemoe_order_codebook.restype = None
     return library

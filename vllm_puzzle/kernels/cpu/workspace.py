@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from .library import CALL_LAYOUT
+from .library import CALL_LAYOUT, CODES_LAYOUT
 
 _CACHE_LINE = 64
 
@@ -17,7 +17,7 @@ class Workspace:
         self.lock = threading.Lock()
         self.address = 0
         self.num_bytes = 0
-        self.call = ctypes.create_string_buffer(CALL_LAYOUT.size)
+        self.call = ctypes.create_string_buffer(CALL_LAYOUT.size + CODES_LAYOUT.size)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def release(self) -> None:

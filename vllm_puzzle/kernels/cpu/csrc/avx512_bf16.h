@@ -1,11 +1,13 @@
-// Kernels for AVX512-BF16: words decoded 32 at a time, products and pair sums by vdpbf16ps.
+// Kernels for AVX512-BF16: words or codes decoded 32 at a time, products and pair sums by vdpbf16ps.
 #pragma once
 
 #include <immintrin.h>
 
 #include <utility>
 
-#include "moe.h"
+#include "codes.h"
+#include "codes_avx512.h"
+#include "pairs.h"
 #include "word.h"
 
 namespace {
@@ -50,7 +52,7 @@ struct Avx512Bf16 {
     }
 
     static void dense(const uint16_t* decoded, int steps, const uint16_t* a, int n, int64_t stride, float* c,
-                      const uint16_t* ahead) {
+                      Ahead ahead) {
         kDense[n](decoded, steps, a, stride, c, ahead);
     }
 
@@ -60,9 +62,42 @@ struct Avx512Bf16 {
     }
 
     // Into the L2 cache: a block is as large as most L1 caches.
-    static void prefetch_step(const uint16_t* words) {
-        for (int i = 0; i < kStepWords; i += kPairWords)
-            _mm_prefetch(reinterpret_cast<const char*>(words + i), _MM_HINT_T1);
+    static void prefetch_step(Ahead ahead, int step) {
+        if (!ahead.place) return;
+        const char* lines = ahead.place + int64_t(step) * ahead.step_lines * kCacheLine;
+        for (int i = 0; i < ahead.step_lines; ++i) _mm_prefetch(lines + i * kCacheLine, _MM_HINT_T1);
+    }
+
+    // Beyond, a code is decoded once for all chunks of rows.
+    static constexpr int kMostCoded = 8;
+    static bool takes_coded(int32_t n) { return n <= kMostCoded; }
+
+    template <int bits>
+    static void coded(const CodeBlock& block, int steps, const uint16_t* a, int n, int64_t stride, float* c,
+                      uint16_t*) {
+        static constexpr auto kCoded = make_coded<bits>(std::make_integer_sequence<int, kMostCoded>());
+        kCoded.rows[n](block, steps, a, stride, c);
+    }
+
+    template <int bits>
+    static void decode_codes(const CodeBlock& block, int steps, uint16_t* decoded) {
+        for (int step = 0; step < steps; ++step)
+            decode_code_step<bits>(block, step, steps, decoded + int64_t(step) * kStepWords);
+    }
+
+    // Decodes one K-step of codes to `decoded`.
+    template <int bits>
+    static void decode_code_step(const CodeBlock& block, int step, int steps, uint16_t* decoded) {
+        const WordReader<bits> reader{block.codebook};
+        const uint8_t* codes = block.codes + step * step_code_bytes(bits);
+        prefetch_codes<bits>(block, step, steps);
+#pragma GCC unroll 16
+        for (int pair = 0; pair < kPairsPerStep; ++pair, decoded += kPairWords) {
+            __m512i first, second;
+            reader.read(codes, pair, first, second);
+            _mm512_storeu_si512(decoded, first);
+            _mm512_storeu_si512(decoded + kTileWords, second);
+        }
     }
 
    private:
@@ -117,15 +152,46 @@ struct Avx512Bf16 {
             for (int t = 0; t < 2; ++t) _mm512_storeu_ps(c + r * kBlockRows + t * kTileRows, sum[r][t]);
     }
 
+    // One row alone would wait for its own last product: it gets several sums in turn.
+    template <int bits, int kRows>
+    static void coded_rows(const CodeBlock& block, int steps, const uint16_t* a, int64_t stride, float* c) {
+        constexpr int kTurns = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+        const WordReader<bits> reader{block.codebook};
+        __m512 sum[kTurns][kRows][2];
+        for (int turn = 0; turn < kTurns; ++turn)
+            for (int r = 0; r < kRows; ++r) sum[turn][r][0] = sum[turn][r][1] = _mm512_setzero_ps();
+        const uint8_t* codes = block.codes;
+        for (int step = 0; step < steps; ++step, codes += step_code_bytes(bits), a += kStepColumns) {
+            prefetch_codes<bits>(block, step, steps);
+#pragma GCC unroll 16
+            for (int pair = 0; pair < kPairsPerStep; ++pair) {
+                __m512i weights[2];
+                reader.read(codes, pair, weights[0], weights[1]);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    const __m512i both = broadcast(a + r * stride + 2 * pair);
+                    __m512(&sums)[2] = sum[pair % kTurns][r];
+                    for (int t = 0; t < 2; ++t) sums[t] = multiply_add(sums[t], weights[t], both);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < 2; ++t) {
+                __m512 total = sum[0][r][t];
+                for (int turn = 1; turn < kTurns; ++turn) total = _mm512_add_ps(total, sum[turn][r][t]);
+                _mm512_storeu_ps(c + r * kBlockRows + t * kTileRows, total);
+            }
+    }
+
     template <int kRows>
     static void dense_rows(const uint16_t* decoded, int steps, const uint16_t* a, int64_t stride, float* c,
-                           const uint16_t* ahead) {
+                           Ahead ahead) {
         __m512 sum[kRows][2];
         for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (int step = 0; step < steps; ++step) {
             const uint16_t* tile = decoded + int64_t(step) * kStepWords;
             const uint16_t* x = a + step * kStepColumns;
-            if (ahead) prefetch_step(ahead + int64_t(step) * kStepWords);
+            prefetch_step(ahead, step);
             for (int pair = 0; pair < kPairsPerStep; ++pair, tile += kPairWords, x += 2) {
                 const __m512i w[2] = {_mm512_loadu_si512(tile), _mm512_loadu_si512(tile + kTileWords)};
 #pragma GCC unroll 16
@@ -140,7 +206,8 @@ struct Avx512Bf16 {
     }
 
     using Packed = void (*)(const uint16_t*, const uint16_t*, const uint16_t*, int, const uint16_t*, int64_t, float*);
-    using Dense = void (*)(const uint16_t*, int, const uint16_t*, int64_t, float*, const uint16_t*);
+    using Dense = void (*)(const uint16_t*, int, const uint16_t*, int64_t, float*, Ahead);
+    using Coded = void (*)(const CodeBlock&, int, const uint16_t*, int64_t, float*);
 
     template <int kRows0, int... kRows1>
     static constexpr void fill_packed(Packed (&row)[kMostPacked + 1], std::integer_sequence<int, kRows1...>) {
@@ -155,6 +222,14 @@ struct Avx512Bf16 {
     template <int... kRows>
     static constexpr auto make_dense(std::integer_sequence<int, kRows...>) {
         return DenseTable{{nullptr, dense_rows<kRows + 1>...}};
+    }
+
+    struct CodedTable {
+        Coded rows[kMostCoded + 1];
+    };
+    template <int bits, int... kRows>
+    static constexpr CodedTable make_coded(std::integer_sequence<int, kRows...>) {
+        return {{nullptr, coded_rows<bits, kRows + 1>...}};
     }
 
     struct PackedTable {

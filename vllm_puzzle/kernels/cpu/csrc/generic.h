@@ -1,16 +1,13 @@
-// Kernels in float32 for the levels without BF16 products: one source in the compiler's vectors, whose width the
-// including file sets as PUZZLEMOE_LANES (float32 lanes of a register).
+// Kernels in float32 for the levels without BF16 products: one source in the compiler's vectors. The including file sets
+// PUZZLEMOE_LANES and includes a `CodeReader`, which looks codes up as its level does best.
 #pragma once
 
-#include "moe.h"
+#include "codes.h"
+#include "generic_vectors.h"
+#include "pairs.h"
 #include "word.h"
 
 namespace {
-
-constexpr int kLanes = PUZZLEMOE_LANES;
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint32_t Pairs __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint16_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 
 struct Generic {
     using Act = float;
@@ -36,7 +33,7 @@ struct Generic {
     }
 
     static void dense(const uint16_t* decoded, int steps, const float* a, int n, int64_t stride, float* c,
-                      const uint16_t*) {
+                      Ahead) {
         for (int row = 0; row < n;) {
             const int left = n - row;
             const float* from = a + row * stride;
@@ -54,27 +51,77 @@ struct Generic {
         }
     }
 
+    // Beyond, what is decoded is used often enough to be stored.
+    static bool takes_coded(int32_t n) { return n <= 2; }
+
+    template <int bits>
+    static void coded(const CodeBlock& block, int steps, const float* a, int n, int64_t stride, float* c, uint16_t*) {
+        n == 1 ? coded_rows<bits, 1>(block, steps, a, stride, c) : coded_rows<bits, 2>(block, steps, a, stride, c);
+    }
+
+    template <int bits>
+    static void decode_codes(const CodeBlock& block, int steps, uint16_t* decoded) {
+        const CodeReader<bits> reader{block.codebook};
+        const uint8_t* codes = block.codes;
+        for (int step = 0; step < steps; ++step, codes += step_code_bytes(bits), decoded += kStepWords) {
+            prefetch_codes<bits>(block, step, steps);
+#pragma GCC unroll 16
+            for (int pair = 0; pair < kPairsPerStep; ++pair) {
+                Pairs32* first = reinterpret_cast<Pairs32*>(decoded + pair * kPairWords);
+                Pairs32* second = reinterpret_cast<Pairs32*>(decoded + kTileWords + pair * kPairWords);
+                reader.read(codes, pair, first, second);
+            }
+        }
+    }
+
    private:
+    template <int bits, int kRows>
+    static void coded_rows(const CodeBlock& block, int steps, const float* a, int64_t stride, float* c) {
+        const CodeReader<bits> reader{block.codebook};
+        Floats sum[kRows][2][kTileVectors] = {};
+        const uint8_t* codes = block.codes;
+        for (int step = 0; step < steps; ++step, codes += step_code_bytes(bits), a += kStepColumns) {
+            prefetch_codes<bits>(block, step, steps);
+#pragma GCC unroll 16
+            for (int pair = 0; pair < kPairsPerStep; ++pair) {
+                Pairs32 weights[2][kTileVectors];
+                reader.read(codes, pair, weights[0], weights[1]);
+#pragma GCC unroll 2
+                for (int tile = 0; tile < 2; ++tile)
+#pragma GCC unroll 4
+                    for (int v = 0; v < kTileVectors; ++v) {
+                        const Floats even = even_column(weights[tile][v]), odd = odd_column(weights[tile][v]);
+#pragma GCC unroll 2
+                        for (int r = 0; r < kRows; ++r) {
+                            const float* x = a + r * stride + 2 * pair;
+                            sum[r][tile][v] += even * x[0];
+                            sum[r][tile][v] += odd * x[1];
+                        }
+                    }
+            }
+        }
+        std::memcpy(c, sum, sizeof(sum));
+    }
+
     template <int kRows>
     static void rows(const uint16_t* decoded, int steps, const float* a, int64_t stride, float* c) {
-        constexpr int kVectors = kTileRows / kLanes;
         for (int tile = 0; tile < 2; ++tile) {
-            Floats sum[kRows][kVectors] = {};
+            Floats sum[kRows][kTileVectors] = {};
             for (int step = 0; step < steps; ++step) {
                 const uint16_t* words = decoded + int64_t(step) * kStepWords + tile * kTileWords;
                 const float* x = a + step * kStepColumns;
                 for (int pair = 0; pair < kPairsPerStep; ++pair, words += kPairWords, x += 2) {
 #pragma GCC unroll 8
-                    for (int v = 0; v < kVectors; ++v) {
-                        const Pairs w = reinterpret_cast<const Pairs*>(words)[v];
-                        const Floats even = Floats(w << 16), odd = Floats(w & 0xFFFF0000u);
+                    for (int v = 0; v < kTileVectors; ++v) {
+                        const Pairs32 w = reinterpret_cast<const Pairs32*>(words)[v];
+                        const Floats even = even_column(w), odd = odd_column(w);
 #pragma GCC unroll 8
                         for (int r = 0; r < kRows; ++r) sum[r][v] += even * x[r * stride] + odd * x[r * stride + 1];
                     }
                 }
             }
             for (int r = 0; r < kRows; ++r)
-                for (int v = 0; v < kVectors; ++v)
+                for (int v = 0; v < kTileVectors; ++v)
                     reinterpret_cast<Floats*>(c + r * kBlockRows + tile * kTileRows)[v] = sum[r][v];
         }
     }

@@ -14,6 +14,8 @@ struct AmxBf16 {
     static constexpr int kChunk = 32;
     // vdpbf16ps wins while a tile of 16 rows would be mostly empty.
     static constexpr int kMostByLane = 4;
+    // K-steps of the ring that few rows are decoded through, and how many the decoder is in front.
+    static constexpr int kRing = 4, kLead = 2;
 
     static void begin() { tiles_begin(); }
     static void end() { tiles_end(); }
@@ -26,7 +28,6 @@ struct AmxBf16 {
             Avx512Bf16::packed(words, stream, next, steps, a, n0, n1, stride, c, scratch);
             return;
         }
-        constexpr int kRing = 4, kLead = 2;
         uint16_t* ring[2] = {n0 ? scratch : nullptr, n1 ? scratch + kRing * kStepWords : nullptr};
         const uint16_t* rows1 = a + n0 * stride;
         TILE_ZERO(0);
@@ -69,9 +70,42 @@ struct AmxBf16 {
         Avx512Bf16::decode(words, next, steps, d0, d1);
     }
 
+    static bool takes_coded(int32_t n) { return n <= kTileRows; }
+
+    // As `packed`, for one member.
+    template <int bits>
+    static void coded(const CodeBlock& block, int steps, const uint16_t* a, int n, int64_t stride, float* c,
+                      uint16_t* ring) {
+        if (n <= kMostByLane) {
+            Avx512Bf16::coded<bits>(block, steps, a, n, stride, c, ring);
+            return;
+        }
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        for (int step = 0; step < steps + kLead; ++step) {
+            if (step < steps)
+                Avx512Bf16::decode_code_step<bits>(block, step, steps, ring + int64_t(step % kRing) * kStepWords);
+            const int ready = step - kLead;
+            if (ready < 0) continue;
+            const uint16_t* tiles = ring + int64_t(ready % kRing) * kStepWords;
+            TILE_LOAD(4, a + ready * kStepColumns, stride * 2);
+            TILE_LOAD(6, tiles, 64);
+            TILE_LOAD(7, tiles + kTileWords, 64);
+            TILE_MULTIPLY_ADD(0, 4, 6);
+            TILE_MULTIPLY_ADD(1, 4, 7);
+        }
+        TILE_STORE(0, c, kBlockRows * sizeof(float));
+        TILE_STORE(1, c + kTileRows, kBlockRows * sizeof(float));
+    }
+
+    template <int bits>
+    static void decode_codes(const CodeBlock& block, int steps, uint16_t* decoded) {
+        Avx512Bf16::decode_codes<bits>(block, steps, decoded);
+    }
+
     // Rows past n are read (kSpareRows) and their sums left unused.
     static void dense(const uint16_t* decoded, int steps, const uint16_t* a, int n, int64_t stride, float* c,
-                      const uint16_t* ahead) {
+                      Ahead ahead) {
         constexpr int64_t kRowBytes = kBlockRows * sizeof(float);
         const bool two = n > kTileRows;
         TILE_ZERO(0);
@@ -80,7 +114,7 @@ struct AmxBf16 {
         TILE_ZERO(3);
         for (int step = 0; step < steps; ++step) {
             const uint16_t* tile = decoded + int64_t(step) * kStepWords;
-            if (ahead) Avx512Bf16::prefetch_step(ahead + int64_t(step) * kStepWords);
+            Avx512Bf16::prefetch_step(ahead, step);
             TILE_LOAD(6, tile, 64);
             TILE_LOAD(7, tile + kTileWords, 64);
             TILE_LOAD(4, a + step * kStepColumns, stride * 2);
@@ -105,6 +139,7 @@ struct AmxBf16 {
 
 namespace puzzlemoe {
 
-int64_t run_amx_bf16(const PuzzleMoeCall& call) { return Moe<AmxBf16>(call).run(); }
+int64_t run_amx_bf16(const PuzzleMoeCall& call) { return Moe<AmxBf16, Pairs<AmxBf16>>(call, {call}).run(); }
+int64_t run_amx_bf16(const PuzzleMoeCodedCall& coded) { return Moe<AmxBf16, Codes<AmxBf16>>(coded.call, {coded}).run(); }
 
 }  // namespace puzzlemoe

@@ -62,10 +62,17 @@ bool kernel_permits_tiles() {
 #endif
 }
 
-PuzzleMoeCall with_threads(const PuzzleMoeCall& call) {
-    PuzzleMoeCall complete = call;
-    complete.num_threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-    return complete;
+int32_t num_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+template <class Call>
+int64_t run(PuzzleMoeIsa isa, const Call& call) {
+    switch (isa) {
+        case PUZZLEMOE_AVX2: return run_avx2(call);
+        case PUZZLEMOE_AVX512: return run_avx512(call);
+        case PUZZLEMOE_AVX512_BF16: return run_avx512_bf16(call);
+        case PUZZLEMOE_AMX_BF16: return run_amx_bf16(call);
+        default: return run_portable(call);
+    }
 }
 
 int64_t activation_bytes(PuzzleMoeIsa isa) { return isa >= PUZZLEMOE_AVX512_BF16 ? 2 : 4; }
@@ -82,20 +89,22 @@ PuzzleMoeIsaStatus puzzlemoe_isa_status(PuzzleMoeIsa isa) {
 }
 
 int64_t puzzlemoe_workspace_bytes(const PuzzleMoeCall* call) {
-    PuzzleMoeCall sizes = with_threads(*call);
+    PuzzleMoeCall sizes = *call;
+    sizes.num_threads = num_threads();
     sizes.workspace = nullptr;
     return lay_out(sizes, activation_bytes(call->isa)).total_bytes;
 }
 
 int64_t puzzlemoe_packed_moe(const PuzzleMoeCall* given) {
-    const PuzzleMoeCall call = with_threads(*given);
-    switch (call.isa) {
-        case PUZZLEMOE_AVX2: return run_avx2(call);
-        case PUZZLEMOE_AVX512: return run_avx512(call);
-        case PUZZLEMOE_AVX512_BF16: return run_avx512_bf16(call);
-        case PUZZLEMOE_AMX_BF16: return run_amx_bf16(call);
-        default: return run_portable(call);
-    }
+    PuzzleMoeCall call = *given;
+    call.num_threads = num_threads();
+    return run(call.isa, call);
+}
+
+int64_t puzzlemoe_coded_moe(const PuzzleMoeCodedCall* given) {
+    PuzzleMoeCodedCall coded = *given;
+    coded.call.num_threads = num_threads();
+    return run(coded.call.isa, coded);
 }
 
 void puzzlemoe_tile_slot(uint16_t* words, uint16_t* scratch, int64_t rows, int64_t columns, int64_t first_step,

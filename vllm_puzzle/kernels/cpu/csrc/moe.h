@@ -3,19 +3,24 @@
 // Every translation unit that includes this is compiled for another instruction set, so all of it has internal linkage:
 // an inline function that the linker were free to merge could end up with instructions that this CPU lacks.
 //
+// `Experts` (pairs.h, codes.h) knows how experts are stored, and multiplies a block of them by the kernels of `Isa`:
+//   kMembers                the experts of a slot
+//   check(slots, n)         0, or a PuzzleMoeRefusal for slots that cannot be computed
+//   gate_up_block(slot, block), down_block(slot, block, next_slot, next_block)
+//                           where a block of 32 output rows is, and the one that is likely to be read after it
+//   multiply(block, group, columns, a, stride, room, done)
+//                           a group's rows `a` times the block; done(first, rows, c) gets the products chunk by chunk,
+//                           `first` counted from the group's first row, c (rows, 32) float32
+//   finish_gate_up(block, c, rows), finish_down(block, c, rows)
+//                           make of c the sums of 16 gate rows and 16 up rows, or of 32 neighbouring outputs
+//
 // `Isa` provides
 //   Act                     what an activation is kept in: uint16_t (BF16) or float
 //   kChunk                  rows of activations that `dense` takes at the most
 //   begin(), end()          called by every thread around its work
-//   kDecodesInRegisters     whether it has the next two
-//   takes_packed(n0, n1)    whether `packed` takes these numbers of rows
-//   packed(words, stream, next, steps, a, n0, n1, stride, c, scratch)
-//                           c = a @ decoded.T for n0 rows with member 0 and the n1 rows behind them with member 1; asks
-//                           for the words a little ahead of this place in `stream`, then in `next`
-//   decode(words, next, steps, d0, d1)   decodes a block for the members whose destination is not null
 //   dense(decoded, steps, a, n, stride, c, ahead)
-//                           c = a @ decoded.T; asks for as many words at `ahead` as were decoded, unless it is null
-// `words` is a block in tile order, `next` the block that is likely to be read after it, c is (rows, 32) float32.
+//                           c = a @ decoded.T; asks for what is at `ahead` meanwhile
+// and what pairs.h and codes.h ask of it. `decoded` is a block in tile order.
 #pragma once
 
 #include <omp.h>
@@ -31,21 +36,52 @@ using namespace puzzlemoe;
 
 constexpr int kMostChunk = 32;
 
-template <class Isa>
+// A thread's room for a decoded block of each member of a slot.
+struct Room {
+    uint16_t* decoded[2];
+};
+
+constexpr int kCacheLine = 64;
+
+// What is to be read after this block: so many cache lines for every K-step, none where `place` is null.
+struct Ahead {
+    const char* place;
+    int step_lines;
+};
+
+// Multiplies `count` rows by a decoded block, and gives done(first, rows, c) chunks of them.
+template <class Isa, class Done>
+void multiply_decoded(const uint16_t* decoded, int steps, const typename Isa::Act* a, int64_t count, int64_t stride,
+                      Ahead ahead, const Done& done) {
+    alignas(64) float c[kMostChunk * kBlockRows];
+    // Chunks of even length: a last one of a single row would leave most of the multipliers idle.
+    const int64_t chunks = (count + Isa::kChunk - 1) / Isa::kChunk;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t begin = count * chunk / chunks, end = count * (chunk + 1) / chunks;
+        // The first chunk fetches the next block while it multiplies, or memory would rest until the last one is done.
+        Isa::dense(decoded, steps, a + begin * stride, int(end - begin), stride, c, chunk ? Ahead{} : ahead);
+        done(begin, end - begin, c);
+    }
+}
+
+template <class Isa, class Experts>
 struct Moe {
     using Act = typename Isa::Act;
 
     const PuzzleMoeCall& call;
+    const Experts experts;
     const Workspace space;
     int64_t num_groups = 0;
 
-    explicit Moe(const PuzzleMoeCall& moe_call) : call(moe_call), space(lay_out(moe_call, sizeof(Act))) {}
+    Moe(const PuzzleMoeCall& moe_call, const Experts& its_experts)
+        : call(moe_call), experts(its_experts), space(lay_out(moe_call, sizeof(Act))) {}
 
     int64_t run() {
         if (const int64_t refusal = check(call)) return refusal;
         if (space.total_bytes > call.workspace_bytes) return space.total_bytes;
-        num_groups = group_by_slot(call, space);
+        num_groups = group_by_slot(call, space, Experts::kMembers);
         if (num_groups < 0) return num_groups;
+        if (const int64_t refusal = experts.check(space.groups, num_groups)) return refusal;
         const Group* last = num_groups ? &space.groups[num_groups - 1] : nullptr;
         const int64_t num_rows = last ? last->begin + last->count[0] + last->count[1] : 0;
         const int64_t gate_blocks = call.padded_intermediate / kTileRows;
@@ -101,60 +137,17 @@ struct Moe {
         for (int64_t i = hidden; i < call.padded_hidden; ++i) to[i] = Act(0);
     }
 
-    // Multiplies a group's activations by one block; `done(first row, rows, c)` gets the products, chunk by chunk.
-    template <class Done>
-    void multiply(const Group& group, const uint16_t* words, const uint16_t* next, int64_t columns, const Act* rows,
-                  int64_t stride, const Done& done) const {
-        alignas(64) float c[kMostChunk * kBlockRows];
-        const int steps = int(columns / kStepColumns);
-        const Act* a = rows + group.begin * stride;
-        uint16_t* decoded[2] = {decoded_block(0), decoded_block(1)};
-        const int32_t n0 = group.count[0], n1 = group.count[1];
-        if constexpr (Isa::kDecodesInRegisters) {
-            if (Isa::takes_packed(n0, n1)) {
-                Isa::packed(words, words, next, steps, a, n0, n1, stride, c, decoded[0]);
-                done(group.begin, n0 + n1, c);
-                return;
-            }
-            if (Isa::takes_packed(n0, 0) && Isa::takes_packed(0, n1)) {
-                // One member after the other: the second finds the words in the cache, and fetches the next block.
-                Isa::packed(words, words, next, steps, a, n0, 0, stride, c, decoded[0]);
-                done(group.begin, n0, c);
-                Isa::packed(words, next, next, steps, a + n0 * stride, 0, n1, stride, c, decoded[0]);
-                done(group.begin + n0, n1, c);
-                return;
-            }
-        }
-        Isa::decode(words, next, steps, n0 ? decoded[0] : nullptr, n1 ? decoded[1] : nullptr);
-        // The first chunk fetches the next block while it multiplies, or memory would rest until the last one is done.
-        const uint16_t* ahead = next;
-        int64_t first = group.begin;
-        for (int member = 0; member < 2; ++member) {
-            // Chunks of even length: a last one of a single row would leave most of the multipliers idle.
-            const int64_t count = group.count[member];
-            const int64_t chunks = (count + Isa::kChunk - 1) / Isa::kChunk;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                const int64_t begin = count * chunk / chunks, end = count * (chunk + 1) / chunks;
-                Isa::dense(decoded[member], steps, rows + (first + begin) * stride, int(end - begin), stride, c, ahead);
-                ahead = nullptr;
-                done(first + begin, end - begin, c);
-            }
-            first += count;
-        }
-    }
-
     void gate_up(const Group& group, int64_t block) const {
-        const int64_t block_words = call.padded_hidden * kBlockRows;
-        const int64_t slot_words = 2 * call.padded_intermediate * call.padded_hidden;
-        const uint16_t* words = call.w13 + group.slot * slot_words + block * block_words;
-        const bool last = (block + 1) * kTileRows == call.padded_intermediate;
-        multiply(group, words, last ? words : words + block_words, call.padded_hidden, x_row(0), space.x_stride,
-                 [&](int64_t first, int64_t count, const float* c) {
-                     for (int64_t i = 0; i < count; ++i) {
-                         const float scale = call.weight_on_input ? space.row_weight[first + i] : 1.0f;
-                         activate_and_multiply(c + i * kBlockRows, scale, inner_row(first + i) + block * kTileRows);
-                     }
-                 });
+        const auto stored = experts.gate_up_block(group.slot, block);
+        experts.multiply(stored, group, call.padded_hidden, x_row(group.begin), space.x_stride, room(),
+                         [&](int64_t first, int64_t count, float* c) {
+                             experts.finish_gate_up(stored, c, count);
+                             for (int64_t i = 0; i < count; ++i) {
+                                 const int64_t row = group.begin + first + i;
+                                 const float scale = call.weight_on_input ? space.row_weight[row] : 1.0f;
+                                 activate_and_multiply(c + i * kBlockRows, scale, inner_row(row) + block * kTileRows);
+                             }
+                         });
     }
 
     // A row of one block's products, gate beside up, becomes 16 inner activations.
@@ -174,25 +167,23 @@ struct Moe {
 
     // One thread owns 32 columns of the output and adds the slots up in their order: no atomics, one result.
     void down(int64_t block) const {
-        const int64_t block_words = call.padded_intermediate * kBlockRows;
-        const int64_t slot_words = call.padded_hidden * call.padded_intermediate;
         float* sums = thread_sums();
         for (int64_t i = 0; i < call.num_tokens * kBlockRows; ++i) sums[i] = 0.0f;
         for (int64_t g = 0; g < num_groups; ++g) {
             const Group& group = space.groups[g];
             const bool last = g + 1 == num_groups;
             const int64_t next_block = last && block + 1 < call.padded_hidden / kBlockRows ? block + 1 : block;
-            const uint16_t* words = call.w2 + group.slot * slot_words + block * block_words;
-            const Group& after = space.groups[last ? 0 : g + 1];
-            const uint16_t* next = call.w2 + after.slot * slot_words + next_block * block_words;
-            multiply(group, words, next, call.padded_intermediate, inner_row(0), space.inner_stride,
-                     [&](int64_t first, int64_t count, const float* c) {
-                         for (int64_t i = 0; i < count; ++i) {
-                             float* sum = sums + int64_t(space.row_token[first + i]) * kBlockRows;
-                             const float scale = call.weight_on_input ? 1.0f : space.row_weight[first + i];
-                             for (int n = 0; n < kBlockRows; ++n) sum[n] += scale * c[i * kBlockRows + n];
-                         }
-                     });
+            const auto stored = experts.down_block(group.slot, block, space.groups[last ? 0 : g + 1].slot, next_block);
+            experts.multiply(stored, group, call.padded_intermediate, inner_row(group.begin), space.inner_stride,
+                             room(), [&](int64_t first, int64_t count, float* c) {
+                                 experts.finish_down(stored, c, count);
+                                 for (int64_t i = 0; i < count; ++i) {
+                                     const int64_t row = group.begin + first + i;
+                                     float* sum = sums + int64_t(space.row_token[row]) * kBlockRows;
+                                     const float scale = call.weight_on_input ? 1.0f : space.row_weight[row];
+                                     for (int n = 0; n < kBlockRows; ++n) sum[n] += scale * c[i * kBlockRows + n];
+                                 }
+                             });
         }
         write(block, sums);
     }
@@ -214,12 +205,15 @@ struct Moe {
         }
     }
 
-    // This thread's room: a decoded block of each member, and behind them the sums.
-    uint16_t* decoded_block(int member) const {
-        char* mine = space.per_thread + omp_get_thread_num() * space.thread_bytes;
-        return reinterpret_cast<uint16_t*>(mine) + member * space.decoded_words;
+    // This thread's part of the workspace: the room, and behind it the sums.
+    char* own_part() const { return space.per_thread + omp_get_thread_num() * space.thread_bytes; }
+    Room room() const {
+        uint16_t* words = reinterpret_cast<uint16_t*>(own_part());
+        return {{words, words + space.decoded_words}};
     }
-    float* thread_sums() const { return reinterpret_cast<float*>(decoded_block(0) + 2 * space.decoded_words); }
+    float* thread_sums() const {
+        return reinterpret_cast<float*>(own_part() + 2 * space.decoded_words * int64_t(sizeof(uint16_t)));
+    }
 };
 
 }  // namespace

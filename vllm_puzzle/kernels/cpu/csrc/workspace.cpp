@@ -10,9 +10,10 @@ int64_t expert_id(const PuzzleMoeCall& call, int64_t pair) {
                                            : static_cast<const int32_t*>(call.topk_ids)[pair];
 }
 
-int32_t slot_code(const PuzzleMoeCall& call, int64_t pair) {
+// 2 * slot + member, or less than 0.
+int64_t slot_code(const PuzzleMoeCall& call, int64_t pair, int members) {
     const int64_t id = expert_id(call, pair);
-    return id < 0 ? -1 : call.slot_of_expert[id];
+    return id < 0 ? -1 : int64_t(call.slot_of_expert[id]) * (2 / members);
 }
 
 }  // namespace
@@ -58,13 +59,13 @@ int64_t check(const PuzzleMoeCall& call) {
     return missing ? int64_t(PUZZLEMOE_MISSING_ADDRESS) : 0;
 }
 
-int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space) {
+int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space, int members) {
     const int64_t num_codes = 2 * call.num_slots;
     int32_t* begin = space.row_begin;
     for (int64_t code = 0; code <= num_codes; ++code) begin[code] = 0;
     for (int64_t pair = 0; pair < space.num_rows; ++pair) {
         if (expert_id(call, pair) >= call.num_experts) return PUZZLEMOE_UNKNOWN_EXPERT;
-        const int32_t code = slot_code(call, pair);
+        const int64_t code = slot_code(call, pair, members);
         if (code >= num_codes) return PUZZLEMOE_UNKNOWN_SLOT;
         if (code >= 0) ++begin[code];
     }
@@ -78,7 +79,7 @@ int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space) {
         if (group.count[0] + group.count[1]) space.groups[num_groups++] = group;
     }
     for (int64_t pair = 0; pair < space.num_rows; ++pair) {
-        const int32_t code = slot_code(call, pair);
+        const int64_t code = slot_code(call, pair, members);
         if (code < 0) continue;
         const int32_t place = begin[code]++;
         space.row_token[place] = int32_t(pair / call.top_k);

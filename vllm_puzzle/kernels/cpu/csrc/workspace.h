@@ -44,8 +44,8 @@ Workspace lay_out(const PuzzleMoeCall& call, int64_t activation_bytes);
 // Whether every address that the call reads or writes is there, and its rows can be counted: 0 or a PuzzleMoeRefusal.
 int64_t check(const PuzzleMoeCall& call);
 
-// Sorts the token-choice pairs by slot and member. Returns the number of slots that have any, or a PuzzleMoeRefusal for
-// an id or a slot out of range. Ids of -1 and experts that are not here are left out.
-int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space);
+// Sorts the token-choice pairs by slot and member, of which a slot has one or two. Returns the number of slots that have
+// any, or a PuzzleMoeRefusal for an id or a slot out of range. Ids of -1 and experts that are not here are left out.
+int64_t group_by_slot(const PuzzleMoeCall& call, const Workspace& space, int members);
 
 }  // namespace puzzlemoe
