@@ -1,4 +1,4 @@
-"""Adds what is compiled, the CPU engine and a loop of the converter; the rest of the build is in pyproject.toml."""
+"""Adds what is compiled, the CPU engine and loops of the converter; the rest of the build is in pyproject.toml."""
 
 import importlib.util
 import platform
@@ -12,6 +12,7 @@ from setuptools.command.build import build
 
 _PACKAGE = Path("vllm_puzzle", "kernels", "cpu")
 _MERGING = Path("vllm_puzzle", "offline", "merging")
+_CODING = Path("vllm_puzzle", "offline", "coding")
 
 
 def _load_builder():
@@ -23,7 +24,7 @@ def _load_builder():
 
 
 class BuildCpuEngine(Command):
-    """Compiles both libraries, into the source tree for an editable install and into the wheel otherwise."""
+    """Compiles the libraries, into the source tree for an editable install and into the wheel otherwise."""
 
     user_options: ClassVar = []
 
@@ -43,16 +44,18 @@ class BuildCpuEngine(Command):
         try:
             builder.build_library(root / _PACKAGE / builder.LIBRARY_NAME)
             builder.build_packing(_MERGING / "packing.cpp", root / _MERGING / builder.PACKING_NAME)
+            builder.build_coding(_CODING / "coding.cpp", root / _CODING / builder.CODING_NAME)
         except builder.BuildError as error:
             raise SystemExit(str(error)) from None
 
     def get_source_files(self):
-        return [*sorted(map(str, (_PACKAGE / "csrc").iterdir())), str(_MERGING / "packing.cpp")]
+        loops = (_MERGING / "packing.cpp", _CODING / "coding.cpp")
+        return [*sorted(map(str, (_PACKAGE / "csrc").iterdir())), *map(str, loops)]
 
     def get_outputs(self):
         builder, root = _load_builder(), Path(self.build_lib)
-        packing = root / _MERGING / builder.PACKING_NAME
-        return [str(root / _PACKAGE / builder.LIBRARY_NAME), str(packing)]
+        loops = (_MERGING / builder.PACKING_NAME, _CODING / builder.CODING_NAME)
+        return [str(root / _PACKAGE / builder.LIBRARY_NAME), *(str(root / loop) for loop in loops)]
 
     def get_output_mapping(self):
         return {}

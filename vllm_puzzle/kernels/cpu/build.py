@@ -1,4 +1,4 @@
-"""Compiling the CPU engine and the converter's loop: what setup.py runs at install, and the tests with sanitizers.
+"""Compiling the CPU engine and the converter's loops: what setup.py runs at install, and the tests with sanitizers.
 
 Loaded by path while the package is being built, so it imports nothing that is not in the standard library.
 """
@@ -17,6 +17,7 @@ _HERE = Path(__file__).resolve().parent
 _SOURCES = _HERE / "csrc"
 LIBRARY_NAME = "libpuzzlemoe_cpu.so"
 PACKING_NAME = "libpuzzlemoe_packing.so"
+CODING_NAME = "libpuzzlemoe_coding.so"
 
 _COMMON_FLAGS = [
     "-std=c++17",
@@ -70,10 +71,19 @@ def build_library(destination: Path, extra_flags: Sequence[str] = ()) -> None:
 
 def build_packing(source: Path, destination: Path, extra_flags: Sequence[str] = ()) -> None:
     """Compiles the converter's packing loop, `source`, as `build_library` does the engine."""
-    # A contracted multiplication and addition would round once where torch rounds twice.
-    flags = [*_COMMON_FLAGS, "-ffp-contract=off", f"-I{_SOURCES}", *_layout_macros(), *extra_flags]
+    _build_loop(source, destination, [f"-I{_SOURCES}", *_layout_macros(), *extra_flags])
+
+
+def build_coding(source: Path, destination: Path, extra_flags: Sequence[str] = ()) -> None:
+    """Compiles the converter's coding loops, `source`, as `build_library` does the engine."""
+    _build_loop(source, destination, ["-fopenmp", *extra_flags])
+
+
+def _build_loop(source: Path, destination: Path, flags: Sequence[str]) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _run([_find_compiler(), *flags, "-shared", "-static-libgcc", str(source), "-o", str(destination)])
+    # A contracted multiplication and addition would round once where torch rounds twice.
+    flags = [*_COMMON_FLAGS, "-ffp-contract=off", *flags, "-shared", "-static-libgcc"]
+    _run([_find_compiler(), *flags, str(source), "-o", str(destination)])
 
 
 def _find_compiler() -> str:
@@ -114,5 +124,6 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     build_library(_HERE / LIBRARY_NAME)
-    merging = _HERE.parents[1] / "offline" / "merging"
-    build_packing(merging / "packing.cpp", merging / PACKING_NAME)
+    offline = _HERE.parents[1] / "offline"
+    build_packing(offline / "merging" / "packing.cpp", offline / "merging" / PACKING_NAME)
+    build_coding(offline / "coding" / "coding.cpp", offline / "coding" / CODING_NAME)

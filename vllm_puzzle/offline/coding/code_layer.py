@@ -1,0 +1,93 @@
+"""Coding the experts of one layer, one after the other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_puzzle.format import FormatError, LayerCodes
+
+from ..merging.correction import OutputCorrection
+from ..merging.layer import Activation, ExpertWeights, LayerTokens
+from ..merging.merge_layer import Read
+from ..merging.saliency import measure_saliency
+from .expert import CodedExpert, code_expert
+
+EmitCoded = Callable[[int, CodedExpert], None]
+"""Takes an expert's id, and what it became."""
+
+
+@dataclass
+class CodingStatistics:
+    """Sums over the weights of coded experts."""
+
+    weights: int = 0
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+
+    def add(self, other: "CodingStatistics") -> None:
+        self.weights += other.weights
+        self.squared_error += other.squared_error
+        self.squared_weight += other.squared_weight
+
+    @property
+    def relative_error(self) -> float:
+        """`||W' - W||^2 / ||W||^2`."""
+        return self.squared_error / self.squared_weight if self.squared_weight else 0.0
+
+
+def code_layer(
+    read: Read,
+    activation: Activation,
+    names: Sequence[Sequence[str]],
+    codes: LayerCodes,
+    emit: EmitCoded,
+    tokens: LayerTokens | None = None,
+) -> CodingStatistics:
+    """Codes one expert after the other; only that one is in memory.
+
+    Args:
+        read: called once for each expert.
+        activation: the experts'.
+        names: what an error calls gate, up and down of each expert.
+        codes: how wide each expert's codes are.
+        emit: called with each expert, in the order of ids, before the next is coded.
+        tokens: the calibration tokens at this layer, with what its output lacks; None codes each weight by itself.
+
+    Raises:
+        FormatError: a weight that is not finite; names tensor and index.
+    """
+    experts = ExpertWeights.unread(codes.num_experts, activation)
+    routed, correction = None, None
+    if tokens is not None:
+        routed = tokens.routed
+        if tokens.lacking is not None:
+            correction = OutputCorrection(experts, routed, tokens.lacking)
+    statistics = CodingStatistics()
+    for expert in range(codes.num_experts):
+        experts.put(expert, read(expert))
+        _check_finite(experts.matrices(expert), names[expert])
+        saliency = measure_saliency(experts, expert, routed, full=routed is not None)
+        coded = code_expert(experts, expert, (codes.w13_bits[expert], codes.w2_bits[expert]), saliency, correction)
+        for matrix, source in zip(coded.matrices(), experts.matrices(expert), strict=True):
+            statistics.add(
+                CodingStatistics(source.numel(), _squared(matrix.float() - source.float()), _squared(source))
+            )
+        emit(expert, coded)
+        experts.drop(expert)
+    return statistics
+
+
+def _check_finite(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    for matrix, name in zip(matrices, names, strict=True):
+        finite = matrix.isfinite()
+        if not finite.all():
+            index = (~finite).nonzero()[0].tolist()
+            raise FormatError(
+                f"{name}{index} is {matrix[tuple(index)].item()}: codes stand for finite numbers; repair the tensor"
+            )
+
+
+def _squared(matrix: torch.Tensor) -> float:
+    # Row by row, so that the sum does not depend on how many threads there are.
+    return float(matrix.float().square().sum(dim=1).sum(dtype=torch.float64))
