@@ -1,4 +1,4 @@
-"""Comparing a packed checkpoint with its source: nothing else changed, and every word is what its rule allows."""
+"""Comparing a packed checkpoint with its source: nothing else changed, and experts are what their rule allows."""
 
 import os
 from dataclasses import dataclass
@@ -14,12 +14,11 @@ from .checkpoints.model_config import read_json
 from .checkpoints.packed import PackedCheckpoint
 from .checkpoints.source import SourceCheckpoint
 from .errors import CheckpointError
-from .merging.layer import Activation, ExpertWeights
+from .merging.likeness import measure_likeness
 from .merging.rules import RULES, Rule
 from .progress import Progress
+from .verify_codes import check_coded_expert, check_coded_matrix
 
-# How many random inputs an expert's function is checked on.
-_NUM_INPUTS = 2048
 # A cosine that unrelated experts do not reach. It is low because an expert that no token reached may lose all but that
 # to its mate.
 _LEAST_LIKENESS = 0.03
@@ -40,8 +39,9 @@ def verify(source: Path, packed_path: Path, progress: Progress) -> VerifyResult:
 
     Raises:
         CheckpointError: `source` is not what was converted, or the first difference: a tensor outside the experts that
-            changed, is missing or is new, a word that no converter writes, an element that the rule could not have made
-            from its source, or a shard with another checksum than the manifest's.
+            changed, is missing or is new, a word, a codebook or a scale that no converter writes, an element or an
+            expert that the rule could not have made from its source, or a shard with another checksum than the
+            manifest's.
     """
     original, packed = _open(source, packed_path)
     _check_same_model(original, packed)
@@ -66,20 +66,16 @@ def _compare(original: SourceCheckpoint, packed: PackedCheckpoint, progress: Pro
         for source_name in names:
             if source_name not in original.tensors:
                 raise CheckpointError(f"{path}: {name} has no counterpart {source_name} in {source}")
-        tensor = packed.checkpoint.read([name])[name]
         sources = list(original.read(names).values())
         if members is None:
-            _check_untouched(name, tensor, sources[0], path)
+            _check_untouched(name, packed.checkpoint.read([name])[name], sources[0], path)
             untouched += 1
         else:
-            _check_packed(name, tensor, sources, packed)
+            _check_packed(name, sources, packed)
             packed_count += 1
         seen.update(names)
         progress(packed.checkpoint.tensors[name].num_bytes, packed.checkpoint.num_bytes)
-    if not _leaves_traces(packed):
-        for slots in packed.quantization.layers:
-            for slot in range(slots.pairs):
-                _check_function(original, packed, slots.layer, slots.members(slot))
+    _check_functions(original, packed)
     missing = sorted(set(original.tensors) - seen)
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} tensors of {source}, the first is {missing[0]}")
@@ -158,7 +154,16 @@ def _check_untouched(name: str, tensor: torch.Tensor, source: torch.Tensor, path
         )
 
 
-def _check_packed(name: str, words: torch.Tensor, sources: list[torch.Tensor], packed: PackedCheckpoint) -> None:
+def _check_packed(name: str, sources: list[torch.Tensor], packed: PackedCheckpoint) -> None:
+    coded = packed.coded(name)
+    if coded is None:
+        _check_words(name, packed.checkpoint.read([name])[name], sources, packed)
+    elif sources:
+        # Its codebook and scales are compared with its codes.
+        check_coded_matrix(packed, coded, packed.checkpoint.read(coded.names), sources)
+
+
+def _check_words(name: str, words: torch.Tensor, sources: list[torch.Tensor], packed: PackedCheckpoint) -> None:
     path = packed.checkpoint.path
     invalid = find_invalid_word(words, packed.layout)
     if invalid is not None:
@@ -189,32 +194,35 @@ def _leaves_traces(packed: PackedCheckpoint) -> bool:
     return _rule_of(packed).leaves_traces and not packed.quantization.provenance.align
 
 
+def _check_functions(original: Checkpoint, packed: PackedCheckpoint) -> None:
+    """Checks what experts compute, where single elements do not tell."""
+    quantization = packed.quantization
+    for slots in quantization.layers:
+        for slot in range(slots.pairs):
+            if not _leaves_traces(packed):
+                _check_function(original, packed, slots.layer, slots.members(slot))
+    for codes in quantization.coded_layers:
+        for expert in range(codes.num_experts):
+            if quantization.provenance.calibration is not None:
+                check_coded_expert(original, packed, codes, expert)
+
+
 def _check_function(original: Checkpoint, packed: PackedCheckpoint, layer: int, members: tuple[int, ...]) -> None:
     """Raises CheckpointError where a merged expert's output on random inputs is nothing like that of its source."""
     shape, path = packed.shape, packed.checkpoint.path
     prefix = shape.experts_prefix(layer)
     names = [packed_name(prefix, members[0], projection) for projection in shape.family.projections]
     words = packed.checkpoint.read(names)
-    inputs = torch.randn(_NUM_INPUTS, shape.hidden_size, generator=torch.Generator().manual_seed(0))
     for member, expert in enumerate(members):
         sources = original.read(shape.expert_names(layer, expert))
         merged = [unpack(words[name], member, packed.layout) for name in names]
-        wanted, found = (
-            _output(matrices, inputs, packed.activation).flatten() for matrices in (list(sources.values()), merged)
-        )
-        likeness = torch.cosine_similarity(wanted, found, dim=0).item()
-        # An output of zeros has no direction.
-        if wanted.any() and not likeness >= _LEAST_LIKENESS:
+        likeness = measure_likeness(list(sources.values()), merged, packed.activation)
+        if not likeness >= _LEAST_LIKENESS:
             raise CheckpointError(
                 f"{path}: {names[0].removesuffix('.weight_packed')} and its up and down hold expert {expert} as member "
                 f"{member}, but on random inputs their output has a cosine of {likeness:.2f} to that of the source's "
                 f"expert; {_LEAST_LIKENESS} is the least that merging leaves, so convert the source again"
             )
-
-
-def _output(matrices: list[torch.Tensor], inputs: torch.Tensor, activation: Activation) -> torch.Tensor:
-    gate, up, down = ([matrix] for matrix in matrices)
-    return ExpertWeights(gate, up, down, activation).output(0, inputs)
 
 
 def _allowed(
