@@ -44,7 +44,8 @@ class Coded:
     def of(cls, weights: torch.Tensor, bits: int) -> "Coded":
         """Rounds (2, rows, columns) to the nearest of some of its own points."""
         scales = _coarse(weights.float().square().mean(dim=2).sqrt())
-        points = (weights.float() / scales[:, :, None]).permute(1, 2, 0)
+        # An odd row's mate is all zeros.
+        points = (weights.float() / scales[:, :, None]).nan_to_num().permute(1, 2, 0)
         generator = torch.Generator().manual_seed(bits)
         some = torch.randperm(points.numel() // 2, generator=generator)[: 1 << bits]
         codebook = _coarse(points.reshape(-1, 2)[some])

@@ -123,10 +123,14 @@ class CodesLoader(CodedExpertLoader):
     def _place(self, param: torch.nn.Parameter, tensor: torch.Tensor, shard_id: str, expert: int) -> None:
         shape, rank = self._part.shape(expert, shard_id), self._part.rank
         target = replace(self._layout[shard_id], codes=param.data).packed(self._part.position[expert])
-        if shard_id == "w2":
-            fill(target, cut_columns(tensor, shape.bits, rank.part(shape.columns)))
+        if param.is_meta:
+            # A reload counts every copy that is made meanwhile, and cutting makes some of its own.
+            part = target.new_empty(self._local_shape(expert, shard_id))
+        elif shard_id == "w2":
+            part = cut_columns(tensor, shape.bits, rank.part(shape.columns))
         else:
-            fill(target, tensor[rank.part(shape.rows)])
+            part = tensor[rank.part(shape.rows)]
+        fill(target, part)
 
 
 class CodebookLoader(CodedExpertLoader):
