@@ -3,15 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.coded import store_layers, uneven
 from tests.plugin.engine import SERVED
-from tests.tiny import build_tiny, dated_text
+from tests.tiny import NUM_EXPERTS, build_tiny, dated_text
 from vllm_puzzle.cli import main
+from vllm_puzzle.format import LayerCodes
 
 INDEX = "model.safetensors.index.json"
 # That of layer 1 in a packed tiny Mixtral.
@@ -32,21 +35,48 @@ def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
     return packed, unpacked
 
 
+def mix(source: Path, packed: Path, unpacked: Path, folder: Path) -> tuple[Path, Path]:
+    """Copies of a packed checkpoint and its twin whose layers hold, in turn, pairs, codes of all widths, plain experts
+    and codes of one width; returns both folders."""
+    mixed = copytree(packed, folder / "mixed"), copytree(unpacked, folder / "mixed_unpacked")
+    section = json.loads((packed / "config.json").read_text())["quantization_config"]
+    _, *others = [layer["layer"] for layer in section["layers"]]
+    kinds = (
+        lambda layer: uneven(layer, NUM_EXPERTS),
+        lambda layer: None,
+        lambda layer: LayerCodes.even(layer, NUM_EXPERTS, 6),
+    )
+    store_layers(*mixed, source, {layer: kind(layer) for layer, kind in zip(others, kinds, strict=False)})
+    return mixed
+
+
 class Checkpoints:
-    """(packed, unpacked) of each family that vLLM serves on a CPU, made when it is first asked for.
+    """Each family that vLLM serves on a CPU as a (packed, unpacked) checkpoint, made when it is first asked for.
 
     Making all of them takes a minute, and most files of tests need one.
     """
 
     def __init__(self, folders: pytest.TempPathFactory) -> None:
         self._folders = folders
-        self._made: dict[str, tuple[Path, Path]] = {}
+        self._made: dict[str, tuple[Path, Path, Path]] = {}
+        self._mixed: dict[str, tuple[Path, Path]] = {}
 
     def __getitem__(self, family: str) -> tuple[Path, Path]:
+        """With packed pairs in every layer."""
+        return self._make(family)[:2]
+
+    def mixed(self, family: str) -> tuple[Path, Path]:
+        """With layers of every kind, as `mix` makes them."""
+        if family not in self._mixed:
+            packed, unpacked, source = self._make(family)
+            self._mixed[family] = mix(source, packed, unpacked, packed.parent)
+        return self._mixed[family]
+
+    def _make(self, family: str) -> tuple[Path, Path, Path]:
         if family not in self._made:
             folder = self._folders.mktemp(family)
             source = build_tiny(family, folder / "source", **SERVED[family])
-            self._made[family] = pack_and_unpack(source, folder, TEXT)
+            self._made[family] = (*pack_and_unpack(source, folder, TEXT), source)
         return self._made[family]
 
 

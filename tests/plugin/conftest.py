@@ -6,11 +6,17 @@ from shutil import copytree
 import pytest
 
 from tests.plugin.checkpoints import Checkpoints
+from tests.plugin.engine import Answers
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def answers() -> Answers:
+    return Answers()
 
 
 @pytest.fixture(scope="session")
