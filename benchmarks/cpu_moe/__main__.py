@@ -1,24 +1,28 @@
-"""One MoE layer on a CPU: packed pairs against vLLM's BF16, FP8, INT8 and INT4 kernels, interleaved in one process.
+"""One MoE layer on a CPU: packed pairs and coded experts against vLLM's and zentorch's kernels, interleaved.
 
     python -m benchmarks.cpu_moe --json FILE
 
 Layers rotate over more memory than any cache. In every round each engine computes the same routing once; ratios are of
-medians over the rounds, to the fastest of vLLM's BF16 kernels. Each row also has what bounds it: the time to read the
-weights at the bandwidth measured in the same rounds, and the time of the products at the rate of a large BF16 GEMM.
+medians over the rounds, to the fastest BF16 kernel of a peer. Each shape has a process of its own. Each row also has
+what bounds it: the time to read the weights at the bandwidth measured in the same rounds, and the time of the products
+at the rate of a large GEMM.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.cpu_moe.peers import has_amx, has_quantized
+from benchmarks.cpu_moe.peers import has_amx
 from benchmarks.cpu_moe.rows import LOADS, THREADS, Limits, build_layers, check_agreement, measure
 from benchmarks.shapes import CPU_SHAPES
+from vllm_puzzle.tuning.shape import LayerShape
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
@@ -32,30 +36,37 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def measure_shape(shape: LayerShape) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of a shape, printed as they come, and how far its peers are from us."""
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode(), tqdm(total=len(THREADS) * len(LOADS), desc=shape.name, disable=None) as progress:
+        layers, missing = build_layers(shape)
+        progress.clear()
+        print(*(f"{shape.name}: {sentence}" for sentence in missing), sep="\n", flush=True)
+        agreement = check_agreement(shape, layers[0])
+        limits = Limits()
+        for threads in THREADS:
+            for load in LOADS:
+                new = measure(shape, layers, load, threads, limits)
+                rows += new
+                progress.clear()
+                _print_rows(new)
+                progress.update()
+    return rows, agreement
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_moe", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the rows go")
     arguments = parser.parse_args()
     arguments.json.touch()
-    if not has_quantized():
-        print("vLLM has no FP8, INT8 and INT4 kernels for this CPU: those peers are left out")
-    torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    agreement = {}
-    with torch.inference_mode(), tqdm(total=len(CPU_SHAPES) * len(THREADS) * len(LOADS), disable=None) as progress:
-        for shape in CPU_SHAPES:
-            layers = build_layers(shape)
-            limits = Limits()
-            agreement[shape.name] = check_agreement(shape, layers[0])
-            for threads in THREADS:
-                for load in LOADS:
-                    new = measure(shape, layers, load, threads, limits)
-                    rows += new
-                    progress.clear()
-                    _print_rows(new)
-                    progress.update()
-            del layers
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        results = list(pool.map(measure_shape, CPU_SHAPES))
+    agreement = {shape.name: its for shape, (_, its) in zip(CPU_SHAPES, results, strict=True)}
     print("relative difference from ours:", agreement)
+    rows = [row for its, _ in results for row in its]
     result = {"cpu_has_amx": has_amx(), "difference_from_ours": agreement, "rows": rows}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

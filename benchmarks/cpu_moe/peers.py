@@ -1,65 +1,19 @@
-"""The engines that `benchmarks.cpu_moe` compares: ours and vLLM's CPU kernels for the same experts in other formats.
+"""vLLM's CPU kernels for the experts that `benchmarks.cpu_moe` measures, in other formats.
 
 Each one takes the BF16 experts that the packed words decode to, so all of them compute the same function but for their
 own rounding. vLLM 0.32's plugin classes use the FP8, INT8 and INT4 kernels only on CPUs with AMX
 (vllm/model_executor/layers/fused_moe/experts/cpu_moe.py); called directly they run on AVX-512 too, and are compared.
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import prepare_int4_moe_layer_for_cpu
 from vllm.platforms import current_platform
 
-from vllm_puzzle.format import unpack
-from vllm_puzzle.kernels import choose_engine, packed_moe
-from vllm_puzzle.kernels.cpu import empty_slots, tile_slots_
+from benchmarks.cpu_moe.engine import Engine
 
 FP8_BLOCK = 128
 INT4_GROUP = 128
-
-
-class Engine(ABC):
-    """One layer's experts in one engine's format."""
-
-    name: str
-    # What a weight of an expert that has tokens costs to read; scales are not counted.
-    bytes_per_weight: float
-
-    @abstractmethod
-    def run(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """The layer's output for x (num_tokens, hidden_size), bfloat16; weights and ids are (num_tokens, top_k)."""
-
-    @abstractmethod
-    def copy(self) -> "Engine":
-        """The same experts in other memory."""
-
-
-class Packed(Engine):
-    """Experts 2 s and 2 s + 1 are slot s; a slot is read once, whichever of its members have tokens."""
-
-    bytes_per_weight = 2
-
-    def __init__(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
-        self.name = choose_engine(torch.device("cpu"), torch.bfloat16).name
-        self._w13, self._w2 = w13, w2
-        self._slot_of_expert = torch.arange(2 * w13.shape[0], dtype=torch.int32)
-
-    @classmethod
-    def from_words(cls, w13: torch.Tensor, w2: torch.Tensor) -> "Packed":
-        """From slots in row-major order, as a checkpoint has them."""
-        layer = cls(*(empty_slots(*words.shape).copy_(words) for words in (w13, w2)))
-        tile_slots_(layer._w13, layer._w2)
-        return layer
-
-    def run(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return packed_moe(
-            x, self._w13, self._w2, self._slot_of_expert, topk_weights, topk_ids, "silu", engine=self.name
-        )
-
-    def copy(self) -> "Packed":
-        return Packed(*(empty_slots(*words.shape).copy_(words) for words in (self._w13, self._w2)))
 
 
 class VllmBf16(Engine):
@@ -161,22 +115,16 @@ def has_quantized() -> bool:
     return hasattr(torch.ops._C, "convert_weight_packed")
 
 
-def build_engines(w13: torch.Tensor, w2: torch.Tensor, repeat: int) -> list[Engine]:
-    """All engines that run on this CPU, ours first.
-
-    Args:
-        w13: (num_slots, 2 * intermediate_size, hidden_size), int16 words, every slot a pair.
-        w2: (num_slots, hidden_size, intermediate_size), int16 words.
-        repeat: how often these experts follow one another; their values cost no time, and there may be hundreds.
-    """
+def build_peers(dense13: torch.Tensor, dense2: torch.Tensor) -> list[Engine]:
+    """vLLM's engines that run on this CPU, from BF16 experts: w13 (experts, 2 I, H), w2 (experts, H, I)."""
     current_platform.import_kernels()
-
-    def unpacked(words: torch.Tensor) -> torch.Tensor:
-        members = torch.stack([unpack(words, member) for member in range(2)], dim=1)
-        return members.flatten(0, 1).repeat(repeat, 1, 1)
-
-    engines: list[Engine] = [Packed.from_words(w13.repeat(repeat, 1, 1), w2.repeat(repeat, 1, 1))]
-    dense13, dense2 = unpacked(w13), unpacked(w2)
-    engines += [VllmBf16(dense13, dense2, isa) for isa in (("amx", "vec") if has_amx() else ("vec",))]
+    dense: list[Engine] = [VllmBf16(dense13, dense2, isa) for isa in (("amx", "vec") if has_amx() else ("vec",))]
     quantizers = (_fp8, _int8, _int4) if has_quantized() else ()
-    return engines + [quantize(dense13, dense2) for quantize in quantizers]
+    return dense + [quantize(dense13, dense2) for quantize in quantizers]
+
+
+def left_out() -> str | None:
+    """Which of vLLM's kernels this CPU goes without, for people."""
+    if has_quantized():
+        return None
+    return "vLLM has no FP8, INT8 and INT4 kernels for CPUs without AVX-512: those peers are left out"

@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu_moe.peers import Engine, build_engines
-from vllm_puzzle.kernels.cpu import empty_slots
+from benchmarks.cpu_moe.engine import Engine
+from benchmarks.cpu_moe.ours import Coded, Packed
+from benchmarks.cpu_moe.peers import build_peers, left_out
+from benchmarks.cpu_moe.zentorch import build_zentorch
+from benchmarks.shapes import QWEN3_30B_A3B
+from vllm_puzzle.format import CODE_BITS, unpack
+from vllm_puzzle.kernels.cpu import Isa, empty_slots, usable_isas
 from vllm_puzzle.tuning.layer import draw, random_words
 from vllm_puzzle.tuning.shape import LayerShape
 
 ROTATED_BYTES = 1_500_000_000
 # Slots whose values differ; the others of a layer repeat them.
 DISTINCT_SLOTS = 4
+# The widths of codes that are measured of a shape, and of the others.
+CODED_BITS = {QWEN3_30B_A3B: CODE_BITS}
+OTHERS_BITS = (6,)
 # The probed product is (GEMM_ROWS, GEMM_SIZE) by (GEMM_SIZE, GEMM_SIZE).
 GEMM_ROWS, GEMM_SIZE = 512, 2048
 THREADS = (1, 2)
@@ -46,14 +54,30 @@ LOADS = (
 )
 
 
-def build_layers(shape: LayerShape, rotated_bytes: int = ROTATED_BYTES) -> list[list[Engine]]:
-    """The engines of each layer; at least two layers, and `rotated_bytes` of BF16 experts in all."""
+def build_layers(shape: LayerShape, rotated_bytes: int = ROTATED_BYTES) -> tuple[list[list[Engine]], list[str]]:
+    """The engines of each layer, packed pairs first; at least two layers, and `rotated_bytes` of BF16 experts in all.
+
+    Returns:
+        The layers, and a sentence for every peer that cannot run here.
+    """
     distinct = min(DISTINCT_SLOTS, shape.num_slots)
+    repeat = shape.num_slots // distinct
     w13 = random_words(distinct, 2 * shape.intermediate_size, shape.hidden_size, CPU)
     w2 = random_words(distinct, shape.hidden_size, shape.intermediate_size, CPU)
-    first = build_engines(w13, w2, repeat=shape.num_slots // distinct)
+    most = max(load.num_tokens for load in LOADS)
+    first: list[Engine] = [Packed.from_words(w13.repeat(repeat, 1, 1), w2.repeat(repeat, 1, 1))]
+    first += [Coded.random(shape, bits, most) for bits in CODED_BITS.get(shape, OTHERS_BITS)]
+    dense = [_unpacked(words).repeat(repeat, 1, 1) for words in (w13, w2)]
+    zen, missing = build_zentorch(*dense)
+    first += build_peers(*dense) + zen
     count = max(2, -(-rotated_bytes // (2 * shape.num_experts * shape.expert_elements)))
-    return [first, *([engine.copy() for engine in first] for _ in range(count - 1))]
+    missing += [sentence] if (sentence := left_out()) else []
+    return [first, *([engine.copy() for engine in first] for _ in range(count - 1))], missing
+
+
+def _unpacked(words: torch.Tensor) -> torch.Tensor:
+    """BF16 experts of slots of pairs, mates beside each other."""
+    return torch.stack([unpack(words, member) for member in range(2)], dim=1).flatten(0, 1)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -63,7 +87,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 class Limits:
-    """What the machine gives: read bandwidth and BF16 products, probed again in every round.
+    """What the machine gives: read bandwidth and products, probed again in every round.
 
     Attributes:
         gb_per_s: of each probe, 10^9 bytes read a second.
@@ -73,7 +97,9 @@ class Limits:
     def __init__(self, gemm_size: int = GEMM_SIZE) -> None:
         # The CPU engine's memory is on huge pages; so is this, or the page tables would be measured.
         self._memory = empty_slots(1, 1 << 14, 1 << 14).fill_(1).view(torch.int64)
-        self._matrix = torch.randn(gemm_size, gemm_size).bfloat16()
+        # Without BF16 instructions torch takes seconds for BF16, and engines multiply in float32.
+        dtype = torch.bfloat16 if Isa.AVX512_BF16 in usable_isas() else torch.float32
+        self._matrix = torch.randn(gemm_size, gemm_size).to(dtype)
         self.gb_per_s: list[float] = []
         self.gmac_per_s: list[float] = []
 
@@ -103,8 +129,9 @@ def measure(
     machine = _Machine(statistics.median(limits.gb_per_s), statistics.median(limits.gmac_per_s))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     peers = {
-        "ratio_vs_bf16": min(median for name, median in medians.items() if name.startswith("bf16")),
-        "ratio_vs_fp8": medians.get("fp8"),
+        "ratio_vs_bf16": _fastest(medians, "bf16"),
+        "ratio_vs_fp8": _fastest(medians, "fp8"),
+        "ratio_vs_int": _fastest(medians, "int"),
     }
     what = {
         "shape": shape.name,
@@ -117,6 +144,13 @@ def measure(
         {**what, "engine": name, **_figures(times, statistics.mean(moved[name]), macs, peers, machine)}
         for name, times in seconds.items()
     ]
+
+
+def _fastest(medians: Mapping[str, float], kind: str) -> float | None:
+    """The median of the fastest peer of a kind, of vLLM's or zentorch's."""
+    return min(
+        (median for name, median in medians.items() if name.removeprefix("zentorch_").startswith(kind)), default=None
+    )
 
 
 def _run_rounds(
@@ -173,8 +207,12 @@ def _figures(
 
 
 def check_agreement(shape: LayerShape, engines: Iterable[Engine]) -> dict[str, float]:
-    """The relative difference of every peer's output from ours, which shows that they compute the same experts."""
+    """The relative difference of peers' outputs from packed pairs', which shows that they compute the same experts.
+
+    Coded experts are others; that they are computed rightly is for the tests of the operator.
+    """
     ids = draw(shape, 4)
     x, weights = torch.randn(4, shape.hidden_size).bfloat16(), torch.rand(ids.shape)
-    ours, *others = ((engine.name, engine.run(x, weights, ids).float()) for engine in engines)
+    same = [engine for engine in engines if not isinstance(engine, Coded)]
+    ours, *others = ((engine.name, engine.run(x, weights, ids).float()) for engine in same)
     return {name: round(((output - ours[1]).norm() / ours[1].norm()).item(), 4) for name, output in others}

@@ -1,4 +1,4 @@
-"""`python -m tests.kernels.bad_states ENGINE`: calls the operator in states that compiled code must not be led into.
+"""`python -m tests.kernels.bad_states ENGINE`: calls the operators in states that compiled code must not be led into.
 
 A program of its own, because what it guards against ends the process. Prints a line for each state: its name and what
 the operator said.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tests.kernels.cases import Case
+from tests.kernels.coded_cases import STAYING, CodedCase
 from vllm_puzzle.kernels import ENGINES
 
 Arguments = dict[str, Any]
@@ -63,6 +64,21 @@ ACTIVATION_STATES: dict[str, Callable[[Arguments], None]] = {
 }
 
 
+CODED_STATES: dict[str, Callable[[Arguments], None]] = {
+    **{f"{name} on meta": on_meta(name) for name in (*STAYING, "expert_map")},
+    **{f"{name} freed": freed(name) for name in (*STAYING, "expert_map")},
+    "w2_codes cut off": freed("w2_codes", left=64),
+    "place beyond the last": changed("expert_map", lambda table: table + 10),
+    "random places": changed("expert_map", lambda table: torch.full_like(table, 0x7F7F7F7F)),
+    "random index": changed("w13_index", lambda index: torch.full_like(index, 0x7F7F7F7F7F7F7F7F)),
+    "negative index": changed("w2_index", lambda index: index - torch.tensor([2**40, 0])),
+    "unknown widths": changed("w2_index", lambda index: index * torch.tensor([1, 0])),
+    "fewer codes": changed("w13_codes", lambda codes: codes[:64]),
+    "fewer scales": changed("w2_scale", lambda scale: scale[:-1]),
+    "expert beyond the last": changed("topk_ids", lambda ids: ids + 8),
+}
+
+
 def said(call: Callable[[], object]) -> str:
     try:
         call()
@@ -80,6 +96,11 @@ def main() -> None:
         change(arguments)
         operator = torch.ops.vllm_puzzle.packed_moe
         print(f"{state}\t{said(lambda: operator(**arguments, activation='silu', engine=engine))}", flush=True)  # noqa: B023
+    for state, change in {**CODED_STATES, **(ACTIVATION_STATES if compiled else {})}.items():
+        arguments = CodedCase().named(engine)
+        change(arguments)
+        operator = torch.ops.vllm_puzzle.coded_moe
+        print(f"coded: {state}\t{said(lambda: operator(**arguments, activation='silu', engine=engine))}", flush=True)  # noqa: B023
     if compiled:
         prepare = ENGINES[engine].prepare
         words = torch.zeros(2, 64, 32, dtype=torch.int16)
@@ -88,6 +109,7 @@ def main() -> None:
         print(f"preparing freed\t{said(lambda: prepare(words, words, 1, 1))}", flush=True)
         print(f"no memory\t{said(lambda: prepare(*Case().weights(engine), 2**45, 2))}", flush=True)
         Case().check(engine=engine)
+        CodedCase().check(engine=engine)
         print("after all that\tas before")
 
 

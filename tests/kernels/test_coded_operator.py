@@ -1,11 +1,13 @@
 """The contract of `coded_moe`, which every engine that reads codes keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.kernels.cases import check_what_is_not_finite
 from tests.kernels.coded_cases import CodedCase
-from tests.kernels.engines import CODED, CODED_DTYPES
+from tests.kernels.engines import CODED, CODED_CPU, CODED_DTYPES
 from vllm_puzzle.format import CODE_BITS
 from vllm_puzzle.kernels import ENGINES, REFERENCE, Engine, EngineError, choose_engine, coded_moe
 
@@ -107,6 +109,62 @@ def test_even_experts_can_change_places(engine: str) -> None:
     assert torch.equal(coded_moe(**tensors, activation="silu", engine=engine), expected)
 
 
+@pytest.mark.parametrize("engine", CODED_CPU)
+def test_every_number_of_rows_an_expert_can_have(engine: str) -> None:
+    """The kernels differ by it; mixed widths go round."""
+    for count in (*range(1, 14), 16, 17, 33, 50):
+        case = CodedCase(num_tokens=count, num_experts=4, top_k=1, seed=count)
+        case.topk_ids[:] = count % 4
+        case.check(engine=engine)
+
+
+@pytest.mark.parametrize("engine", CODED_CPU)
+def test_the_number_of_threads_changes_nothing(engine: str) -> None:
+    case = CodedCase(num_tokens=50, num_experts=12, top_k=4, hidden_size=160, intermediate_size=96)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(case.run(engine=engine))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("engine", CODED_CPU)
+def test_what_compiled_code_would_trust_is_refused(engine: str) -> None:
+    tensors = CodedCase().named(engine)
+
+    def call(**changed: torch.Tensor) -> None:
+        coded_moe(**{**tensors, **changed}, activation="silu", engine=engine)
+
+    call()
+    with pytest.raises(ValueError, match=r"topk_ids \(torch.int16, cpu\); expected"):
+        call(topk_ids=tensors["topk_ids"].short())
+    with pytest.raises(ValueError, match=r"expert_map \(torch.int64, cpu\)"):
+        call(expert_map=tensors["expert_map"].long())
+    with pytest.raises(ValueError, match=r"w2_codes \(torch.int8, cpu\)"):
+        call(w2_codes=tensors["w2_codes"].view(torch.int8))
+    with pytest.raises(ValueError, match=r"w13_scale \(torch.float32, cpu\)"):
+        call(w13_scale=tensors["w13_scale"].float())
+    with pytest.raises(ValueError, match=r"w2_index \(torch.int32, cpu\)"):
+        call(w2_index=tensors["w2_index"].int())
+    with pytest.raises(ValueError, match=r"w13_codebook \(torch.bfloat16, cpu, not contiguous\)"):
+        call(w13_codebook=tensors["w13_codebook"].repeat(2, 1, 1)[::2])
+    with pytest.raises(ValueError, match=r"w13_scale \[8, 32\]"):
+        call(w13_scale=tensors["w13_scale"][:, 0])
+    w13, w2 = ENGINES[engine].allocate_codes([4] * 2, [5] * 2, 64, 32)
+    with pytest.raises(ValueError, match=r"w13 must be codes as the CPU engine allocates them.*\[2, 2, 40\]"):
+        ENGINES[engine].prepare_codes(replace(w13, scale=torch.zeros(2, 2, 40, dtype=torch.bfloat16)), w2, 1, 1)
+    with pytest.raises(ValueError, match=r"w2 must be codes as the CPU engine allocates them.* on meta"):
+        ENGINES[engine].prepare_codes(w13, replace(w2, codes=w2.codes.to("meta")), 1, 1)
+    with pytest.raises(ValueError, match="w13 must be codes"):
+        ENGINES[engine].prepare_codes(replace(w13, index=w13.index + 64), w2, 1, 1)
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("engine", CODED)
 def test_it_is_a_well_formed_operator(engine: str) -> None:
     case = CodedCase()
@@ -116,6 +174,7 @@ def test_it_is_a_well_formed_operator(engine: str) -> None:
     assert all(map(torch.equal, before, (case.x, case.topk_weights, case.topk_ids)))
 
 
+@pytest.mark.heavy
 def test_it_compiles_into_one_graph_for_any_number_of_tokens() -> None:
     case = CodedCase(num_tokens=7, dtype=torch.float32)
     _, *weights, expert_map, _, _ = case.tensors(REFERENCE)

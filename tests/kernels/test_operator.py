@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import Case, check_what_is_not_finite
+from tests.kernels.coded_cases import STAYING
 from tests.kernels.engines import CPU_ENGINES, DTYPES, HERE, ON_CPU
 from vllm_puzzle.kernels import REFERENCE, packed_moe
 
@@ -202,10 +203,23 @@ SAID = {
     "fewer slots than the table": r"ValueError: slot_of_expert holds 8, 1 slots have codes 0 to 1",
     "expert beyond the last": r"ValueError: topk_ids holds \d+, there are 8 experts",
 }
+MADE_FOR_A_CALL = ("x", "topk_ids", "topk_weights")
+CODED_NOT_LOADED = r"ValueError: the coded experts cannot be computed: {} \[.*\] {}, so its weights .*load them again"
+CODED_SAID = {
+    **{f"{name} on meta": CODED_NOT_LOADED.format(name, "is on the meta device") for name in (*STAYING, "expert_map")},
+    **{f"{name} freed": CODED_NOT_LOADED.format(name, "has lost its memory") for name in (*STAYING, "expert_map")},
+    "w2_codes cut off": CODED_NOT_LOADED.format("w2_codes", "has lost its memory"),
+    "place beyond the last": "ValueError: expert_map holds 17, there are 8 experts here",
+    "random places": "ValueError: expert_map holds 2139062143, there are 8 experts here",
+    "random index": r"ValueError: w13_index sends expert \d to byte 9187201950435737471 with codes of",
+    "negative index": r"ValueError: w2_index sends expert \d to byte -\d+ with codes of \d bits",
+    "unknown widths": r"ValueError: w2_index sends expert \d to byte \d+ with codes of 0 bits",
+    "fewer codes": r"ValueError: w13_index sends expert \d .*, and w13_codes has 64 bytes",
+    "fewer scales": r"ValueError: shapes do not fit: w2_scale \[7, ",
+    "expert beyond the last": r"ValueError: topk_ids holds \d+, there are 8 experts",
+}
+FREED_FOR_A_CALL = {f"{name} freed": f"ValueError: the memory of {name} was freed" for name in MADE_FOR_A_CALL}
 SAID_BY_COMPILED_CODE = {
-    "x freed": "ValueError: the memory of x was freed",
-    "topk_ids freed": "ValueError: the memory of topk_ids was freed",
-    "topk_weights freed": "ValueError: the memory of topk_weights was freed",
     "preparing meta": r"ValueError: w13 must be contiguous int16 words on the CPU .* on meta",
     "preparing freed": r"ValueError: w13 must be .* with 0 bytes of memory",
     "no memory": r"RuntimeError: .*alloc",
@@ -222,7 +236,14 @@ def test_no_state_ends_the_process(engine: str) -> None:
     )
     said = dict(line.split("\t") for line in run.stdout.splitlines())
     assert run.returncode == 0, f"after {list(said)[-1:]}: {run.stderr[-2000:]}"
-    expected = SAID if engine == REFERENCE else {**SAID, **SAID_BY_COMPILED_CODE}
+    compiled = engine != REFERENCE
+    of_coded = {**CODED_SAID, **(FREED_FOR_A_CALL if compiled else {})}
+    expected = {
+        **SAID,
+        **(FREED_FOR_A_CALL if compiled else {}),
+        **{f"coded: {state}": message for state, message in of_coded.items()},
+        **(SAID_BY_COMPILED_CODE if compiled else {}),
+    }
     assert list(said) == list(expected)
     for state, message in expected.items():
         assert re.match(message, said[state]), f"{state}: {said[state]}"
