@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds, layer by layer: its provenance, its masks, its exponents, and what merging cost."""
+"""What a packed checkpoint holds, layer by layer: its provenance, its words and its codes, and what they cost."""
 
 import math
 from collections.abc import Callable
@@ -6,20 +6,21 @@ from pathlib import Path
 
 import torch
 
-from vllm_puzzle.format import LayerSlots, Provenance, Strict, WordLayout, packed_name, parse_packed_name, unpack
+from vllm_puzzle.format import LayerSlots, Provenance, Strict, WordLayout, packed_name, parse_expert_name, unpack
 
-from ..checkpoints.manifest import MANIFEST_FILE, LayerEntry, read_manifest
+from ..checkpoints.manifest import MANIFEST_FILE, CodedLayerEntry, LayerEntry, read_manifest
 from ..checkpoints.packed import PackedCheckpoint
 from ..merging.pair import MergeStatistics
 from ..progress import Progress
 from ..wording import readable
+from .coded_inspection import CodedLayerInspection, inspect_codes, read_bytes
 
 # Bounds the 64-bit temporaries of counting, whatever the size of a matrix.
 _WORDS_AT_ONCE = 1 << 22
 
 
 class LayerInspection(Strict):
-    """One MoE layer.
+    """One layer of pairs.
 
     `shared_fraction` is of the elements of its pairs: those that both members keep; `kept_fraction` of their weights:
     those that survive in their own expert. `exponents` counts the words of gate, up and down of all slots by their
@@ -38,7 +39,10 @@ class LayerInspection(Strict):
 
 
 class Inspection(Strict):
-    """A packed checkpoint; `smallest_exponent` is the power of two of exponent field 1."""
+    """A packed checkpoint: layers of pairs, of coded experts, and those whose experts are as they were.
+
+    `smallest_exponent` is the power of two of exponent field 1.
+    """
 
     checkpoint: str
     format_version: int
@@ -53,6 +57,8 @@ class Inspection(Strict):
     provenance: Provenance
     has_manifest: bool
     layers: list[LayerInspection]
+    coded_layers: list[CodedLayerInspection]
+    plain_layers: list[int]
 
     @property
     def exponents(self) -> list[int]:
@@ -61,7 +67,7 @@ class Inspection(Strict):
 
 
 def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
-    """Reads every packed tensor of `path`, the three of one slot at a time.
+    """Reads every word of `path`, the three tensors of one slot at a time, and one coded expert of each layer.
 
     Raises:
         CheckpointError: it is not a whole packed checkpoint, or its manifest breaks the schema.
@@ -69,11 +75,14 @@ def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
     packed = PackedCheckpoint(path)
     quantization, tensors = packed.quantization, packed.checkpoint.tensors
     has_manifest = (path / MANIFEST_FILE).is_file()
-    entries = {entry.layer: entry for entry in read_manifest(path).layers} if has_manifest else {}
-    if quantization.provenance.calibration is None:
-        # Earlier versions recorded a loss here that is relative to no residual stream.
-        entries = {layer: entry.model_copy(update={"estimated_loss": None}) for layer, entry in entries.items()}
-    packed_bytes = sum(info.num_bytes for name, info in tensors.items() if parse_packed_name(name))
+    entries, coded_entries = _read_entries(packed) if has_manifest else ({}, {})
+    sizes = {name: info.num_bytes for name, info in tensors.items() if parse_expert_name(name)}
+    words = sum(size for name, size in sizes.items() if packed.coded(name) is None)
+    total = words + read_bytes(packed)
+
+    def advance(read: int) -> None:
+        progress(read, total)
+
     counter = _WordCounter(packed.layout)
     return Inspection(
         checkpoint=readable(path),
@@ -83,16 +92,29 @@ def inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
         hidden_size=quantization.hidden_size,
         intermediate_size=quantization.intermediate_size,
         max_expert_parallel=quantization.max_expert_parallel,
-        packed_bytes=packed_bytes,
+        packed_bytes=sum(sizes.values()),
         total_bytes=packed.checkpoint.num_bytes,
         smallest_exponent=round(math.log2(packed.layout.smallest)),
         provenance=quantization.provenance,
         has_manifest=has_manifest,
         layers=[
-            _inspect_layer(packed, slots, entries.get(slots.layer), counter, lambda read: progress(read, packed_bytes))
-            for slots in quantization.layers
+            _inspect_layer(packed, slots, entries.get(slots.layer), counter, advance) for slots in quantization.layers
         ],
+        coded_layers=[
+            inspect_codes(packed, codes, coded_entries.get(codes.layer), advance) for codes in quantization.coded_layers
+        ],
+        plain_layers=quantization.plain_layers,
     )
+
+
+def _read_entries(packed: PackedCheckpoint) -> tuple[dict[int, LayerEntry], dict[int, CodedLayerEntry]]:
+    """What the manifest says of layers of pairs and of codes, by layer."""
+    manifest = read_manifest(packed.checkpoint.path)
+    entries = {entry.layer: entry for entry in manifest.layers}
+    if packed.quantization.provenance.calibration is None:
+        # Earlier versions recorded a loss here that is relative to no residual stream.
+        entries = {layer: entry.model_copy(update={"estimated_loss": None}) for layer, entry in entries.items()}
+    return entries, {entry.layer: entry for entry in manifest.coded_layers}
 
 
 def _inspect_layer(

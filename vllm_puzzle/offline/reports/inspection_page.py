@@ -7,8 +7,19 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import CheckpointError
+from .coded_page import CODED_TEMPLATE, draw_codebooks
 from .inspection import Inspection
-from .inspection_report import LAYER_COLUMNS, fact_rows, layer_row, losses_note
+from .inspection_report import (
+    CODED_COLUMNS,
+    LAYER_COLUMNS,
+    WIDTHS_NOTE,
+    coded_note,
+    coded_row,
+    fact_rows,
+    layer_row,
+    losses_note,
+    plain_note,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.2em 0.8em; text-align: right;
 figure { margin: 2em 0; }
 figcaption { font-weight: bold; }
 svg { width: 100%; font: 10px sans-serif; }
+.scatter { width: 24%; }
 .s0 { fill: #3465a4; }
 .s1 { fill: #e08e1b; }
 </style>
@@ -84,6 +96,7 @@ text-anchor="middle">{{ label }}</text>
 <tr><th>{{ name }}</th><td>{{ value }}</td></tr>
 {%- endfor %}
 </table>
+{%- if inspection.layers %}
 <h2>Layers</h2>
 <table>
 <tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
@@ -115,6 +128,28 @@ width="{{ "%.2f" | format(width) }}" height="12" fill-opacity="{{ "%.3f" | forma
 {%- for title in missing %}
 <p>{{ title }}: {{ "not estimated" if inspection.has_manifest else "not recorded" }}.</p>
 {%- endfor %}
+{%- endif %}
+{%- if inspection.coded_layers %}
+<h2>Layers of coded experts</h2>
+<table>
+<tr>{% for column in coded_columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{%- for row in coded_rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</table>
+<p>{{ coded_notes }}</p>
+{{ widths(inspection.coded_layers) }}
+<figure>
+<figcaption>Codebooks: across the first weight of a code, gate's or an even row's of down, upwards the second; \
+areas are in proportion to how many codes stand for a point</figcaption>
+{%- for plot in codebooks %}
+{{ scatter(plot) }}
+{%- endfor %}
+</figure>
+{%- endif %}
+{%- if inspection.plain_layers %}
+<p>{{ plain_notes }}</p>
+{%- endif %}
 </body>
 </html>
 """
@@ -126,14 +161,43 @@ def write_page(inspection: Inspection, file: Path) -> None:
     Raises:
         CheckpointError: it exists, or cannot be written.
     """
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(CODED_TEMPLATE + _PAGE)
     layers = inspection.layers
+    charts = _charts(inspection) if layers else []
+    drawn = [
+        chart for chart in charts if any(value is not None for values in chart.series.values() for value in values)
+    ]
+    content = page.render(
+        inspection=inspection,
+        facts=fact_rows(inspection),
+        losses=losses_note(inspection),
+        columns=LAYER_COLUMNS,
+        rows=[layer_row(layer, inspection.has_manifest) for layer in layers],
+        charts=drawn,
+        missing=[chart.title for chart in charts if chart not in drawn],
+        coded_columns=CODED_COLUMNS,
+        coded_rows=[coded_row(layer, inspection.has_manifest) for layer in inspection.coded_layers],
+        coded_notes=f"{WIDTHS_NOTE} {coded_note(inspection)}",
+        codebooks=list(draw_codebooks(inspection.coded_layers)),
+        plain_notes=plain_note(inspection),
+    )
+    check_free(file)
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(content)
+    except OSError as error:
+        raise CheckpointError(f"--html {file} cannot be written ({error}); choose another place") from None
+
+
+def _charts(inspection: Inspection) -> list[_Bars]:
+    """What is shown of the layers of pairs."""
+    layers, exponents = inspection.layers, inspection.exponents
     names = [str(layer.layer) for layer in layers]
-    exponents = inspection.exponents
     densities: dict[str, list[float | None]] = {
         "shared": [layer.shared_fraction for layer in layers],
         "kept": [layer.kept_fraction for layer in layers],
     }
-    charts = [
+    return [
         _Bars(
             f"Words by stored exponent, all layers; 0 is the zero word, 1 stands for 2^{inspection.smallest_exponent}",
             "exponent",
@@ -144,25 +208,6 @@ def write_page(inspection: Inspection, file: Path) -> None:
         _Bars("Estimated loss", "layer", names, {"loss": [layer.estimated_loss for layer in layers]}),
         _Bars("Relative error", "layer", names, {"error": [layer.relative_error for layer in layers]}),
     ]
-    drawn = [
-        chart for chart in charts if any(value is not None for values in chart.series.values() for value in values)
-    ]
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
-    content = page.render(
-        inspection=inspection,
-        facts=fact_rows(inspection),
-        losses=losses_note(inspection),
-        columns=LAYER_COLUMNS,
-        rows=[layer_row(layer, inspection.has_manifest) for layer in layers],
-        charts=drawn,
-        missing=[chart.title for chart in charts if chart not in drawn],
-    )
-    check_free(file)
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(content)
-    except OSError as error:
-        raise CheckpointError(f"--html {file} cannot be written ({error}); choose another place") from None
 
 
 def check_free(file: Path) -> None:
