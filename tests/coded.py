@@ -91,19 +91,22 @@ def uneven(layer: int, num_experts: int) -> LayerCodes:
     return LayerCodes(layer=layer, w13_bits=w13_bits, w2_bits=w2_bits)
 
 
-def store_layers(packed: Path, unpacked: Path, source: Path, layers: dict[int, LayerCodes | None]) -> None:
+def store_layers(
+    packed: Path, source: Path, layers: dict[int, LayerCodes | None], unpacked: Path | None = None
+) -> None:
     """Stores layers of a packed checkpoint in another way: as codes, or plain where there are none.
 
     Args:
-        packed: changed in place, and so is its twin `unpacked`.
+        packed: changed in place.
         source: what it was converted from.
         layers: by the index of a layer that has packed pairs.
+        unpacked: its twin, whose matrices become what the codes say.
     """
     original = load_file(source / "model.safetensors")
     experts = by_expert(original)
     index = json.loads((packed / INDEX_FILE).read_text())
     shards = {name: load_file(packed / name) for name in set(index["weight_map"].values())}
-    plain_shards = {path: load_file(path) for path in unpacked.glob("*.safetensors")}
+    plain_shards = {path: load_file(path) for path in unpacked.glob("*.safetensors")} if unpacked else {}
     views = {name: view for tensors in plain_shards.values() for name, view in expert_views(tensors).items()}
     for layer, codes in layers.items():
         old = [name for name in index["weight_map"] if layer_index(name) == layer and parse_expert_name(name)]
@@ -124,8 +127,8 @@ def store_layers(packed: Path, unpacked: Path, source: Path, layers: dict[int, L
             new, decoded = _code_layer(experts, parsed[0].prefix, {each.projection for each in parsed}, codes)
         shards[shard].update(new)
         index["weight_map"].update(dict.fromkeys(new, shard))
-        for name, tensor in decoded.items():
-            views[name].copy_(tensor)
+        for name in decoded.keys() & views.keys():
+            views[name].copy_(decoded[name])
     for name, tensors in shards.items():
         save_file(tensors, packed / name, {"format": "pt"})
     for path, tensors in plain_shards.items():
@@ -153,12 +156,15 @@ def _list_layers(packed: Path, layers: dict[int, LayerCodes | None]) -> None:
     config = json.loads((packed / "config.json").read_text())
     section = PuzzleMoEQuantizationConfig.parse(config["quantization_config"])
     pairs = [each for each in section.layers if each.layer not in layers]
+    coded = [each for each in section.coded_layers if each.layer not in layers]
+    coded += [codes for codes in layers.values() if codes is not None]
+    plain = set(section.plain_layers) - layers.keys() | {layer for layer, codes in layers.items() if codes is None}
     changed = {
         **dict(section),
         "format_version": 2,
         "layers": pairs,
-        "coded_layers": [layers[layer] for layer in sorted(layers) if layers[layer] is not None],
-        "plain_layers": sorted(layer for layer, codes in layers.items() if codes is None),
+        "coded_layers": sorted(coded, key=lambda codes: codes.layer),
+        "plain_layers": sorted(plain),
         "max_expert_parallel": section.max_expert_parallel if pairs else section.num_experts,
     }
     config["quantization_config"] = PuzzleMoEQuantizationConfig(**changed).to_json()

@@ -1,7 +1,7 @@
 """Packed checkpoints for the tests of the plugin, and ways of spoiling one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -22,6 +22,9 @@ SHARD = "model-00003-of-00004.safetensors"
 
 TEXT = dated_text(200)
 
+# What the first layers with experts hold: pairs, codes of all widths, experts as they were, codes of one width.
+KINDS = ("pairs", "uneven", "plain", "even")
+
 
 def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
     """Converts `source` at 50 % and unpacks the result; returns both folders."""
@@ -35,19 +38,18 @@ def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
     return packed, unpacked
 
 
-def mix(source: Path, packed: Path, unpacked: Path, folder: Path) -> tuple[Path, Path]:
-    """Copies of a packed checkpoint and its twin whose layers hold, in turn, pairs, codes of all widths, plain experts
-    and codes of one width; returns both folders."""
-    mixed = copytree(packed, folder / "mixed"), copytree(unpacked, folder / "mixed_unpacked")
+def mix(source: Path, packed: Path, unpacked: Path | None = None, kinds: Sequence[str] = KINDS) -> None:
+    """Stores the layers of a packed checkpoint as these kinds, in place; those beyond stay as they are.
+
+    `source` is what it was converted from, `unpacked` its twin.
+    """
     section = json.loads((packed / "config.json").read_text())["quantization_config"]
-    _, *others = [layer["layer"] for layer in section["layers"]]
-    kinds = (
-        lambda layer: uneven(layer, NUM_EXPERTS),
-        lambda layer: None,
-        lambda layer: LayerCodes.even(layer, NUM_EXPERTS, 6),
-    )
-    store_layers(*mixed, source, {layer: kind(layer) for layer, kind in zip(others, kinds, strict=False)})
-    return mixed
+    stored: dict[int, LayerCodes | None] = {}
+    for layer, kind in zip((each["layer"] for each in section["layers"]), kinds, strict=False):
+        if kind != "pairs":
+            codes = uneven(layer, NUM_EXPERTS) if kind == "uneven" else LayerCodes.even(layer, NUM_EXPERTS, 6)
+            stored[layer] = None if kind == "plain" else codes
+    store_layers(packed, source, stored, unpacked)
 
 
 class Checkpoints:
@@ -59,18 +61,20 @@ class Checkpoints:
     def __init__(self, folders: pytest.TempPathFactory) -> None:
         self._folders = folders
         self._made: dict[str, tuple[Path, Path, Path]] = {}
-        self._mixed: dict[str, tuple[Path, Path]] = {}
+        self._mixed: dict[tuple[str, tuple[str, ...]], tuple[Path, Path]] = {}
 
     def __getitem__(self, family: str) -> tuple[Path, Path]:
         """With packed pairs in every layer."""
         return self._make(family)[:2]
 
-    def mixed(self, family: str) -> tuple[Path, Path]:
-        """With layers of every kind, as `mix` makes them."""
-        if family not in self._mixed:
-            packed, unpacked, source = self._make(family)
-            self._mixed[family] = mix(source, packed, unpacked, packed.parent)
-        return self._mixed[family]
+    def mixed(self, family: str, kinds: tuple[str, ...] = KINDS) -> tuple[Path, Path]:
+        """With layers of these kinds."""
+        if (family, kinds) not in self._mixed:
+            *twins, source = self._make(family)
+            packed, unpacked = (copytree(twin, twin.with_name("_".join((twin.name, *kinds)))) for twin in twins)
+            mix(source, packed, unpacked, kinds)
+            self._mixed[family, kinds] = packed, unpacked
+        return self._mixed[family, kinds]
 
     def _make(self, family: str) -> tuple[Path, Path, Path]:
         if family not in self._made:

@@ -18,8 +18,8 @@ _MATRICES = {"w13": ("w1", "w3"), "w2": ("w2",)}
 class CodedMethod(PuzzleMoEMethod):
     """Coded experts: nothing ties two of them together, so any rank may hold any of them.
 
-    Expert-parallel load balancing takes every parameter as rows of one expert each and moves them between ranks. In a
-    layer whose codes are of one width these rows are of one size, and an expert is whole in its own.
+    Expert-parallel load balancing takes every parameter as rows of one expert each and moves them between ranks. Where
+    all codes are of one width these rows are of one size, and an expert is whole in its own.
 
     float16 holds activations alone: a point of a codebook meets them as it is, and the scale of a row multiplies a sum
     in float32. So no weight is too large for it.
@@ -35,8 +35,8 @@ class CodedMethod(PuzzleMoEMethod):
         engine = choose_engine(serving_device(), layer.moe_config.in_dtype, codes=True)
         balances = layer.moe_config.moe_parallel_config.enable_eplb
         unsupported = {
-            "expert-parallel load balancing (--enable-eplb) of experts whose codes differ in width (convert again with "
-            "--even)": balances and not codes.is_even
+            "expert-parallel load balancing (--enable-eplb) where experts differ in size or layers in kind (convert "
+            "again with --even)": balances and not config.is_even
         }
         super().__init__(config, layer, codes.num_experts, engine, unsupported)
         expert_map = layer.expert_map_manager.expert_map
@@ -58,7 +58,7 @@ class CodedMethod(PuzzleMoEMethod):
 
     @property
     def supports_eplb(self) -> bool:
-        return self._part.codes.is_even
+        return self._config.is_even
 
     def _allocate(self, layer: RoutedExperts, intermediate_size: int) -> Sequence[CodedExpertLoader]:
         part = self._part

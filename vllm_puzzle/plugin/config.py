@@ -144,6 +144,18 @@ class PuzzleMoEConfig(QuantizationConfig):
             )
         return experts
 
+    @property
+    def is_even(self) -> bool:
+        """Whether the model's experts are all stored in tensors of the same sizes.
+
+        Expert-parallel load balancing needs it: it moves the experts of every layer through buffers of the first one's
+        sizes (vllm/distributed/eplb/eplb_state.py, `expert_buffer`).
+        """
+        widths = {
+            bits for codes in self.quantization.coded_layers for bits in zip(codes.w13_bits, codes.w2_bits, strict=True)
+        }
+        return len(widths) == 1 and not self.quantization.layers and not self.quantization.plain_layers
+
     def _layers(self) -> list[int]:
         """The decoder layers with routed experts, however they are stored."""
         stored: list[LayerSlots | LayerCodes] = [*self.quantization.layers, *self.quantization.coded_layers]
