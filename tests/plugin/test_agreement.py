@@ -180,7 +180,8 @@ def test_layers_for_multi_token_prediction_draft(family: str, layer: str, tmp_pa
     assert said[0] == said[1]
 
 
-def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:
+def test_dummy_weights_need_no_checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    packed, _ = checkpoints.mixed("mixtral")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((packed / name).read_text())
     with running(tmp_path, load_format="dummy") as llm:

@@ -1,6 +1,6 @@
 """Copying expert tensors into a layer's parameters, and counting that each one came exactly once."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class Rank:
         return slice(self.index * share, (self.index + 1) * share)
 
 
-class ExpertLoader:
+class ExpertLoader(ABC):
     """The `weight_loader` of a layer's parameters that hold one kind of tensor.
 
     vLLM calls it with the shard ids w1 (gate), w3 (up) and w2 (down) and the expert id of the tensor's name; it leaves
