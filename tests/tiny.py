@@ -207,6 +207,11 @@ def add_mtp_layer(path: Path, new: str = f"model.layers.{NUM_LAYERS}.") -> list[
 
 def by_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same with a matrix `...experts.{id}.{projection}.weight` for each that lies in a three-dimensional tensor."""
+    return {name: view.contiguous() for name, view in expert_views(tensors).items()}
+
+
+def expert_views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `by_expert`, but what is written to a matrix is written to the tensor that it lies in."""
     split = {}
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in _FUSED if name.endswith(f".{suffix}") and tensor.ndim == 3), None)
@@ -218,7 +223,7 @@ def by_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows = 2 * INTERMEDIATE_SIZE if len(_FUSED[suffix]) == 2 else HIDDEN_SIZE
         whole = tensor if tensor.shape[1] == rows else tensor.mT
         for projection, part in zip(_FUSED[suffix], whole.chunk(len(_FUSED[suffix]), dim=1), strict=True):
-            split.update({f"{block}experts.{e}.{projection}.weight": part[e].contiguous() for e in range(NUM_EXPERTS)})
+            split.update({f"{block}experts.{e}.{projection}.weight": part[e] for e in range(NUM_EXPERTS)})
     return split
 
 

@@ -64,7 +64,9 @@ def empty_model(config: Any, where: str = "this config.json") -> Any:
         ) from None
 
 
-def dense_tensors(model: Any, moe_layers: Collection[int]) -> dict[str, tuple[int, ...]]:
+def dense_tensors(
+    model: Any, moe_layers: Collection[int], plain_layers: Collection[int] = ()
+) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a model needs outside its routed experts, by the tensor's name on the hub.
 
     What is tied to another tensor need not be stored and is left out, and so are layers for multi-token prediction.
@@ -72,6 +74,7 @@ def dense_tensors(model: Any, moe_layers: Collection[int]) -> dict[str, tuple[in
     Args:
         model: what `empty_model` returns.
         moe_layers: the layers with routed experts. Where transformers has other ones, nothing is known of their block.
+        plain_layers: those of them whose experts are asked for, too.
     """
     state = model.state_dict()
     experts = {name for name in state if ".experts." in name}
@@ -81,7 +84,9 @@ def dense_tensors(model: Any, moe_layers: Collection[int]) -> dict[str, tuple[in
     dense = {
         name: tensor
         for name, tensor in state.items()
-        if name not in experts and name not in model.all_tied_weights_keys and not any(part in name for part in beside)
+        if (name not in experts or layer_index(name) in plain_layers)
+        and name not in model.all_tied_weights_keys
+        and not any(part in name for part in beside)
     }
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dense).items()}
 

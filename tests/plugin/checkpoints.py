@@ -1,23 +1,29 @@
 """Packed checkpoints for the tests of the plugin, and ways of spoiling one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.coded import store_layers, uneven
 from tests.plugin.engine import SERVED
-from tests.tiny import build_tiny, dated_text
+from tests.tiny import NUM_EXPERTS, build_tiny, dated_text
 from vllm_puzzle.cli import main
+from vllm_puzzle.format import LayerCodes
 
 INDEX = "model.safetensors.index.json"
 # That of layer 1 in a packed tiny Mixtral.
 SHARD = "model-00003-of-00004.safetensors"
 
 TEXT = dated_text(200)
+
+# What the first layers with experts hold: pairs, codes of all widths, experts as they were, codes of one width.
+KINDS = ("pairs", "uneven", "plain", "even")
 
 
 def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
@@ -32,21 +38,49 @@ def pack_and_unpack(source: Path, folder: Path, text: str) -> tuple[Path, Path]:
     return packed, unpacked
 
 
+def mix(source: Path, packed: Path, unpacked: Path | None = None, kinds: Sequence[str] = KINDS) -> None:
+    """Stores the layers of a packed checkpoint as these kinds, in place; those beyond stay as they are.
+
+    `source` is what it was converted from, `unpacked` its twin.
+    """
+    section = json.loads((packed / "config.json").read_text())["quantization_config"]
+    stored: dict[int, LayerCodes | None] = {}
+    for layer, kind in zip((each["layer"] for each in section["layers"]), kinds, strict=False):
+        if kind != "pairs":
+            codes = uneven(layer, NUM_EXPERTS) if kind == "uneven" else LayerCodes.even(layer, NUM_EXPERTS, 6)
+            stored[layer] = None if kind == "plain" else codes
+    store_layers(packed, source, stored, unpacked)
+
+
 class Checkpoints:
-    """(packed, unpacked) of each family that vLLM serves on a CPU, made when it is first asked for.
+    """Each family that vLLM serves on a CPU as a (packed, unpacked) checkpoint, made when it is first asked for.
 
     Making all of them takes a minute, and most files of tests need one.
     """
 
     def __init__(self, folders: pytest.TempPathFactory) -> None:
         self._folders = folders
-        self._made: dict[str, tuple[Path, Path]] = {}
+        self._made: dict[str, tuple[Path, Path, Path]] = {}
+        self._mixed: dict[tuple[str, tuple[str, ...]], tuple[Path, Path]] = {}
 
     def __getitem__(self, family: str) -> tuple[Path, Path]:
+        """With packed pairs in every layer."""
+        return self._make(family)[:2]
+
+    def mixed(self, family: str, kinds: tuple[str, ...] = KINDS) -> tuple[Path, Path]:
+        """With layers of these kinds."""
+        if (family, kinds) not in self._mixed:
+            *twins, source = self._make(family)
+            packed, unpacked = (copytree(twin, twin.with_name("_".join((twin.name, *kinds)))) for twin in twins)
+            mix(source, packed, unpacked, kinds)
+            self._mixed[family, kinds] = packed, unpacked
+        return self._mixed[family, kinds]
+
+    def _make(self, family: str) -> tuple[Path, Path, Path]:
         if family not in self._made:
             folder = self._folders.mktemp(family)
             source = build_tiny(family, folder / "source", **SERVED[family])
-            self._made[family] = pack_and_unpack(source, folder, TEXT)
+            self._made[family] = (*pack_and_unpack(source, folder, TEXT), source)
         return self._made[family]
 
 

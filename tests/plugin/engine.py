@@ -13,8 +13,11 @@ from vllm.lora.request import LoRARequest
 
 NUM_CANDIDATES = 5
 
+MAX_TOKENS = 64
+
 # Of bytes, which are the tokens of tiny models; of different lengths.
 PROMPTS = [[(7 * i * i + j * (i + 3) + 11) % 256 for j in range(5 + 3 * i)] for i in range(8)]
+TEXTS = [[(11 * i * i + j * (2 * i + 5) + j * j * j) % 256 for j in range(200)] for i in range(8)]
 
 _ATTENTION_ALONE = {"layer_types": ["full_attention"] * 3}
 # Latent attention decodes on a CPU at the sizes of the published models alone.
@@ -91,6 +94,31 @@ def score(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
         ],
         dtype=torch.float64,
     )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a checkpoint says in float32: after PROMPTS, MAX_TOKENS each, and of TEXTS, as `score` gives it."""
+
+    greedy: list[Greedy]
+    scores: torch.Tensor
+
+
+class Answers:
+    """The answers of checkpoints on the engine that vLLM's plugin chooses by itself.
+
+    Each is asked once: to start an engine takes seconds, and several tests compare with the same one.
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[Path, Answer] = {}
+
+    def of(self, checkpoint: Path, family: str = "") -> Answer:
+        """`family` is the one whose engines need options of their own."""
+        if checkpoint not in self._given:
+            with running(checkpoint, dtype="float32", **ENGINE_OPTIONS.get(family, {})) as llm:
+                self._given[checkpoint] = Answer(generate(llm, PROMPTS, MAX_TOKENS), score(llm, TEXTS))
+        return self._given[checkpoint]
 
 
 @torch.inference_mode()

@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM
 from tests.plugin.checkpoints import Checkpoints
 from tests.plugin.engine import (
     ENGINE_OPTIONS,
+    MAX_TOKENS,
     PROMPTS,
     SERVED,
+    TEXTS,
+    Answers,
     Greedy,
     assert_same_logprobs,
     generate,
@@ -31,9 +34,6 @@ from tests.tiny import add_mtp_layer, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.kernels.triton.target import INTERPRETED
 
-MAX_TOKENS = 64
-TEXTS = [[(11 * i * i + j * (2 * i + 5) + j * j * j) % 256 for j in range(200)] for i in range(8)]
-
 
 @pytest.fixture
 def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,33 +43,32 @@ def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("vector_kernels")
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4_text"])
-def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: Checkpoints) -> None:
+def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: Checkpoints, answers: Answers) -> None:
     """In bfloat16. Kernels of different machines round at different places, and a rounding can send a token elsewhere.
 
     So nothing is compared token by token: what rounding moves the log probabilities of the same texts by has to be of
     the size that it has with vLLM's own experts.
     """
-    packed, unpacked = checkpoints[family]
+    packed, unpacked = checkpoints.mixed(family)
+    exact = answers.of(unpacked).scores
     scores = []
-    for checkpoint, dtype in ((unpacked, "float32"), (unpacked, "bfloat16"), (packed, "bfloat16")):
-        with running(checkpoint, dtype=dtype, max_num_seqs=len(TEXTS)) as llm:
+    for checkpoint in (unpacked, packed):
+        with running(checkpoint, dtype="bfloat16") as llm:
             scores.append(score(llm, TEXTS))
-    exact, plain, ours = scores
+    plain, ours = scores
     plain_error, our_error = (float((rounded - exact).square().mean().sqrt()) for rounded in (plain, ours))
     assert our_error <= 1.5 * plain_error, f"{our_error} beside {plain_error}"
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_three_witnesses_in_float32(family: str, checkpoints: Checkpoints) -> None:
-    packed, unpacked = checkpoints[family]
-    options = {"dtype": "float32", **ENGINE_OPTIONS.get(family, {})}
-    with running(packed, **options) as llm:
-        from_packed = generate(llm, PROMPTS, MAX_TOKENS)
-    with running(unpacked, **options) as llm:
-        from_unpacked = generate(llm, PROMPTS, MAX_TOKENS)
+def test_three_witnesses_in_float32(family: str, checkpoints: Checkpoints, answers: Answers) -> None:
+    """With pairs, codes and, where the model has a third layer with experts, plain ones."""
+    packed, unpacked = checkpoints.mixed(family)
+    from_packed, from_unpacked = (answers.of(checkpoint, family) for checkpoint in (packed, unpacked))
     model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
-    assert_same_logprobs(from_packed, from_unpacked, tolerance=1e-3)
-    assert_same_logprobs(from_packed, witness(model, PROMPTS, from_packed), tolerance=1e-3)
+    assert_same_logprobs(from_packed.greedy, from_unpacked.greedy, tolerance=1e-3)
+    assert_same_logprobs(from_packed.greedy, witness(model, PROMPTS, from_packed.greedy), tolerance=1e-3)
+    torch.testing.assert_close(from_packed.scores, from_unpacked.scores, rtol=0, atol=1e-3)
 
 
 def swap_gate_and_up(model: Any) -> None:
@@ -101,11 +100,10 @@ def silence_shared_experts(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [swap_gate_and_up, swap_members, even_router_weights, silence_shared_experts])
-def test_the_comparison_would_notice(change: Any, checkpoints: Checkpoints) -> None:
+def test_the_comparison_would_notice(change: Any, checkpoints: Checkpoints, answers: Answers) -> None:
     """Each thing that the witnesses prove right is made wrong in one of them, and must show in the first token."""
-    packed, unpacked = checkpoints["qwen2_moe"]
-    with running(packed, dtype="float32") as llm:
-        from_packed = generate(llm, PROMPTS, 1)
+    packed, unpacked = checkpoints.mixed("qwen2_moe")
+    from_packed = [Greedy(each.tokens[:1], each.logprobs[:1]) for each in answers.of(packed).greedy]
     model = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32).eval()
     assert_same_logprobs(from_packed, witness(model, PROMPTS, from_packed), tolerance=1e-3)
     change(model)
@@ -115,23 +113,19 @@ def test_the_comparison_would_notice(change: Any, checkpoints: Checkpoints) -> N
             assert_same_logprobs(from_packed[prompt : prompt + 1], changed[prompt : prompt + 1], tolerance=1e-3)
 
 
-def test_it_runs_compiled(checkpoints: Checkpoints) -> None:
-    packed, _ = checkpoints["mixtral"]
-    results: list[list[Greedy]] = []
-    for eager in (True, False):
-        with running(packed, enforce_eager=eager, dtype="float32") as llm:
-            results.append(generate(llm, PROMPTS, MAX_TOKENS))
-    assert_same_logprobs(*results, tolerance=1e-3)
+def test_it_runs_compiled(checkpoints: Checkpoints, answers: Answers) -> None:
+    packed, _ = checkpoints.mixed("mixtral")
+    with running(packed, enforce_eager=False, dtype="float32") as llm:
+        compiled = generate(llm, PROMPTS, MAX_TOKENS)
+    assert_same_logprobs(compiled, answers.of(packed).greedy, tolerance=1e-3)
 
 
-def test_transformers_model_code_gives_the_same(checkpoints: Checkpoints) -> None:
+def test_transformers_model_code_gives_the_same(checkpoints: Checkpoints, answers: Answers) -> None:
     """The config tells plain transformers to refuse; within vLLM its model code runs around our experts.
 
     In a process of its own, since vLLM then replaces parts of transformers for good.
     """
-    packed, _ = checkpoints["qwen3_moe"]
-    with running(packed, dtype="float32") as llm:
-        expected = generate(llm, PROMPTS, MAX_TOKENS)
+    packed, _ = checkpoints.mixed("qwen3_moe")
     program = (
         "import json, sys\nfrom pathlib import Path\n"
         "from tests.plugin.engine import PROMPTS, generate, running\n"
@@ -142,17 +136,17 @@ def test_transformers_model_code_gives_the_same(checkpoints: Checkpoints) -> Non
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     said = [line for line in run.stdout.splitlines() if line.startswith("tokens ")]
     assert said, run.stderr[-2000:]
-    assert json.loads(said[0].removeprefix("tokens ")) == [each.tokens for each in expected]
+    assert json.loads(said[0].removeprefix("tokens ")) == [each.tokens for each in answers.of(packed).greedy]
 
 
-def test_the_reference_engine_gives_the_same(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, _ = checkpoints["qwen3_moe"]
-    results = []
-    for engine in ("reference", "cpu"):
-        monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
-        with running(packed, dtype="float32") as llm:
-            results.append(generate(llm, PROMPTS, MAX_TOKENS))
-    assert_same_logprobs(*results, tolerance=1e-3)
+def test_the_reference_engine_gives_the_same(
+    checkpoints: Checkpoints, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = checkpoints.mixed("qwen3_moe")
+    chosen = answers.of(packed).greedy
+    monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "reference")
+    with running(packed, dtype="float32") as llm:
+        assert_same_logprobs(generate(llm, PROMPTS, MAX_TOKENS), chosen, tolerance=1e-3)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels are served in tests/gpu")
@@ -186,7 +180,8 @@ def test_layers_for_multi_token_prediction_draft(family: str, layer: str, tmp_pa
     assert said[0] == said[1]
 
 
-def test_dummy_weights_need_no_checkpoint(packed: Path, tmp_path: Path) -> None:
+def test_dummy_weights_need_no_checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    packed, _ = checkpoints.mixed("mixtral")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((packed / name).read_text())
     with running(tmp_path, load_format="dummy") as llm:

@@ -85,7 +85,7 @@ def test_a_decoder_layer_without_slots(packed: Path, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((packed / name).read_text())
     edit_config(tmp_path, lambda config: config["quantization_config"]["layers"].pop())
-    message = r"layers\.2\..*packs layers \[0, 1\] only"
+    message = r"layers\.2\..*lists layers \[0, 1\] only"
     with pytest.raises(FormatError, match=message), running(tmp_path, load_format="dummy"):
         pass
 
@@ -98,4 +98,12 @@ def test_a_weight_that_float16_cannot_hold_is_refused(copy: Path, monkeypatch: p
     expert = name.split(".experts.")[1].split(".")[0]
     message = rf"layers\.1\..*w13_weight_packed has .* 32768 or more in the slot of expert {expert}, which float16"
     with pytest.raises(FormatError, match=message), running(copy, dtype="float16"):
+        pass
+
+
+def test_a_codebook_without_zero_is_refused(mixed_copy: Path) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.5.w2.weight_codebook"
+    edit_shard(mixed_copy, lambda tensors: tensors[name].add_(1), follow=True)
+    message = r"experts\.5\.w2\.weight_codebook has no point \(0, 0\), which every codebook needs"
+    with pytest.raises(FormatError, match=message), running(mixed_copy):
         pass

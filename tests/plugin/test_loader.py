@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_puzzle.format import FormatError, LayerSlots
-from vllm_puzzle.plugin.loader import PackedExpertLoader, Projection
+from vllm_puzzle.plugin.loader import PackedExpertLoader, Projection, Rank
 
 
 def make_loader(local_slots: list[int] | None = None, tp_rank: int = 0, tp_size: int = 1) -> PackedExpertLoader:
@@ -18,8 +18,7 @@ def make_loader(local_slots: list[int] | None = None, tp_rank: int = 0, tp_size:
             "w3": Projection("up_proj", (4, 6)),
             "w2": Projection("down_proj", (6, 4)),
         },
-        tp_rank=tp_rank,
-        tp_size=tp_size,
+        rank=Rank(tp_rank, tp_size),
     )
 
 

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.lora.request import LoRARequest
 
-from tests.plugin.checkpoints import TEXT, pack_and_unpack
+from tests.plugin.checkpoints import Checkpoints
 from tests.plugin.engine import assert_same_logprobs, generate, running
-from tests.tiny import build_tiny
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [1, 1, 2, 3, 5, 8, 13]]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -20,11 +19,10 @@ MAX_TOKENS = 16
 LORA = {"enable_lora": True, "max_lora_rank": RANK, "lora_target_modules": ATTENTION, "dtype": "float32"}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture
+def models(checkpoints: Checkpoints) -> tuple[Path, Path]:
     """(packed, unpacked)."""
-    folder = tmp_path_factory.mktemp("lora")
-    return pack_and_unpack(build_tiny("qwen3_moe", folder / "source"), folder, TEXT)
+    return checkpoints.mixed("qwen3_moe")
 
 
 def matrices(model: Path, suffix: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Two ranks give the tokens of one: tensor parallel and expert parallel, slots of two members and of one."""
+"""Two ranks give the tokens of one: tensor parallel and expert parallel, slots of two members and of one, codes of all
+widths, plain experts. Half of an expert's 40 neurons begins within a group of codes."""
 
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugin.checkpoints import mix
 from tests.plugin.engine import PROMPTS, generate, running
 from tests.plugin.ranks import MAX_TOKENS
 from tests.tiny import build_tiny
@@ -20,6 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Heads that two ranks can share.
     source = build_tiny("qwen3_moe", folder / "source", num_attention_heads=4, num_key_value_heads=2)
     assert main(["convert", str(source), str(folder / "packed"), "--compression", "25"]) == 0
+    mix(source, folder / "packed")
     return folder / "packed"
 
 

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.plugin.checkpoints import Checkpoints
 from tests.plugin.engine import running
 from vllm_puzzle.format import FormatError
 from vllm_puzzle.kernels import EngineError
 from vllm_puzzle.plugin.config import PuzzleMoEConfig
+
+# Codes of one width in every layer of a tiny model.
+CODES = ("even",) * 3
 
 
 @pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded"])
@@ -92,6 +96,21 @@ def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.Mon
         pass
 
 
+class BuiltError(Exception):
+    pass
+
+
+def assert_built(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only as far as the first layer's method: on one rank nothing could be sent."""
+
+    def build(self: Any, layer: Any, *arguments: Any, **options: Any) -> None:
+        raise BuiltError
+
+    monkeypatch.setattr("vllm_puzzle.plugin.method.PuzzleMoEMethod.create_weights", build)
+    with pytest.raises(BuiltError), running(model):
+        pass
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"dp_size": 2, "use_ep": True}, {"all2all_backend": "deepep_low_latency"}, {"pcp_size": 2}],
@@ -100,17 +119,31 @@ def test_features_of_a_layer(feature: str, packed: Path, monkeypatch: pytest.Mon
 def test_what_dispatches_without_such_kernels_is_built(
     settings: dict[str, Any], packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only as far as the first layer's method: on one rank nothing could be sent."""
-
-    class BuiltError(Exception):
-        pass
-
-    def build(self: Any, layer: Any, *arguments: Any, **options: Any) -> None:
-        raise BuiltError
-
-    monkeypatch.setattr("vllm_puzzle.plugin.method.PuzzleMoEMethod.create_weights", build)
     change_layers(monkeypatch, lambda layer: set_parallel(layer, **settings))
-    with pytest.raises(BuiltError), running(packed):
+    assert_built(packed, monkeypatch)
+
+
+def place_anywhere(layer: Any) -> None:
+    set_parallel(layer, enable_eplb=True)
+    layer.expert_placement_strategy = "round_robin"
+
+
+def test_coded_experts_may_be_anywhere(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_layers(monkeypatch, place_anywhere)
+    assert_built(checkpoints.mixed("qwen3_moe", CODES)[0], monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["uneven", "plain"])
+def test_experts_of_several_sizes_are_not_balanced(
+    kind: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each layer has one size."""
+    change_layers(monkeypatch, place_anywhere)
+    message = r"layers\.0\..*--enable-eplb\) where experts differ in size or layers in kind .convert again with --even"
+    with (
+        pytest.raises(NotImplementedError, match=message),
+        running(checkpoints.mixed("qwen3_moe", (*CODES[1:], kind))[0]),
+    ):
         pass
 
 

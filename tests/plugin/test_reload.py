@@ -1,4 +1,9 @@
-"""Reloading weights into a running engine: other words, other slots, and what is left after a reload that fails."""
+"""Reloading weights into a running engine: other words and codes, other slots and widths, and what is left after a
+reload that fails.
+
+The first layer of each model holds pairs, the others codes. Plain layers are vLLM's own, which cannot load them again
+on a CPU where their size is none that its kernels take.
+"""
 
 import json
 import os
@@ -11,26 +16,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.plugin.checkpoints import edit_config
+from tests.coded import store_layers
+from tests.plugin.checkpoints import edit_config, mix
 from tests.plugin.engine import generate, running
-from tests.tiny import build_tiny, remove_tensors
+from tests.tiny import NUM_EXPERTS, build_tiny, remove_tensors
 from vllm_puzzle.cli import main
+from vllm_puzzle.format import LayerCodes
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6]]
 
 
 def pack(source: Path, packed: Path, *options: str) -> Path:
     assert main(["convert", str(source), str(packed), "--rule", "paper", *options]) == 0
+    mix(source, packed, kinds=("pairs", "uneven", "even"))
     return packed
 
 
 def with_other_weights(packed: Path, other: Path) -> Path:
-    """The same slots, every word of which means a weight of the other sign, and another embedding."""
+    """The same slots and widths, all weights of the other sign, and another embedding."""
     copytree(packed, other)
     for shard in other.glob("*.safetensors"):
         tensors = load_file(shard)
         for name, tensor in tensors.items():
-            if name.endswith("weight_packed"):
+            if name.endswith("weight_scale"):
+                tensors[name] = -tensor
+            elif tensor.dtype == torch.int16:
                 signs, masks = (tensor ^ -1) & -16384, (tensor & 12288) << 2
                 tensors[name] = (tensor & 16383) | (signs & masks)
             elif "embed_tokens" in name:
@@ -44,10 +54,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reload")
     source = build_tiny("qwen3_moe", folder / "source")
     packed = pack(source, folder / "packed")
+    widths = pack(source, folder / "widths")
+    store_layers(widths, source, {1: LayerCodes.even(1, NUM_EXPERTS, 8)})
+    plain = pack(source, folder / "plain")
+    store_layers(plain, source, {1: None})
+    pairs = folder / "pairs alone"
+    assert main(["convert", str(source), str(pairs), "--rule", "paper"]) == 0
     return {
         "source": source,
+        "pairs alone": pairs,
+        "other pairs alone": with_other_weights(pairs, folder / "other pairs alone"),
         "packed": packed,
         "other": with_other_weights(packed, folder / "other"),
+        "other widths": widths,
+        "more plain layers": plain,
         "other pairs": pack(source, folder / "pairs", "--seed", "7"),
         "fewer pairs": pack(source, folder / "fewer", "--compression", "25"),
     }
@@ -101,7 +121,7 @@ def test_other_slots_are_refused_and_the_engine_runs_on(
     monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
     short = copytree(models["other"], tmp_path / "short")
     index = json.loads((short / "model.safetensors.index.json").read_text())
-    lost = next(name for name in index["weight_map"] if name.endswith("up_proj.weight_packed"))
+    lost = next(name for name in index["weight_map"] if name.endswith("up_proj.weight_scale"))
     shard = short / index["weight_map"].pop(lost)
     (short / "model.safetensors.index.json").write_text(json.dumps(index))
     # vLLM reads all that a shard holds, whatever the index says.
@@ -114,6 +134,8 @@ def test_other_slots_are_refused_and_the_engine_runs_on(
     refused = {
         "other pairs": "pairs cannot be reloaded into the running model, .*: slot 0 of layer 0 holds experts .* there",
         "fewer pairs": r"fewer cannot be reloaded .*layer \d has \d pairs of 8 experts there and 4 of 8 in the running",
+        "other widths": r"the codes of expert 0 of layer 1 have 8 and 8 bits there and 4 and 6 in the running model",
+        "more plain layers": r"layers \[2\] have codes there and layers \[1, 2\] in the running model",
         "source": "source/config.json has no quantization_config, so its experts are not packed",
         "short": lost.split("experts.")[1],
         "nowhere": "nowhere cannot be reloaded: there is no config.json",
@@ -147,17 +169,24 @@ def test_a_reload_that_ends_halfway_computes_nothing_until_the_next(
     """As when a trainer sends weights: nothing says beforehand that some are missing, or none of this model's."""
     monkeypatch.setenv("VLLM_PUZZLE_ENGINE", engine)
     whole = tensors_of(models["other"])
-    lost = [name for name, _ in whole if ".layers.1." in name and name.endswith("weight_packed")][-1]
-    first, mate = json.loads((models["other"] / "config.json").read_text())["quantization_config"]["layers"][1][
+    first, mate = json.loads((models["other"] / "config.json").read_text())["quantization_config"]["layers"][0][
         "experts"
     ][:2]
-    strange = [(name.replace(f".1.mlp.experts.{first}.", f".1.mlp.experts.{mate}."), tensor) for name, tensor in whole]
-    missing = [(name, tensor) for name, tensor in whole if name != lost]
-    wrong = [(name, tensor[1:] if name == lost else tensor) for name, tensor in whole]
+    pair = f"layers.0.mlp.experts.{first}."
+    strange = [(name.replace(pair, f"layers.0.mlp.experts.{mate}."), tensor) for name, tensor in whole]
+    spoiled = []
+    for end in (f"{pair}down_proj.weight_packed", "layers.1.mlp.experts.7.down_proj.weight_packed"):
+        lost = next(name for name, _ in whole if name.endswith(end))
+        spoiled += [
+            ([(name, tensor) for name, tensor in whole if name != lost], lost),
+            ([(name, tensor[1:] if name == lost else tensor) for name, tensor in whole], "this model needs"),
+        ]
+    # Not the first: what is refused while weights come is taken back where they had been loaded from disk.
+    spoiled.append((strange, "is unexpected"))
     with running(models["other"], **ENGINES[engine]) as llm:
         of_other = tokens(llm)
     with running(models["packed"], **ENGINES[engine]) as llm:
-        for weights, message in ((missing, lost), (strange, "is unexpected"), (wrong, "this model needs")):
+        for weights, message in spoiled:
             with pytest.raises(Exception, match=message):
                 reload(llm, weights_iterator=iter(weights))
             with pytest.raises(Exception, match=r"reloading them failed; load them again"):
@@ -228,11 +257,11 @@ def test_after_an_error_the_weights_before_it_run_on(
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels are served in tests/gpu")
 def test_in_tritons_interpreter(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PUZZLE_ENGINE", "triton")
-    with running(models["packed"], **SMALL) as llm:
+    with running(models["pairs alone"], **SMALL) as llm:
         before = generate(llm, [[3, 1, 4]], 2)
         with pytest.raises(Exception, match="cannot be reloaded"):
-            reload(llm, weights_path=str(models["other pairs"]))
-        reload(llm, weights_path=str(models["other"]))
-        reload(llm, weights_path=str(models["packed"]))
+            reload(llm, weights_path=str(models["packed"]))
+        reload(llm, weights_path=str(models["other pairs alone"]))
+        reload(llm, weights_path=str(models["pairs alone"]))
         llm.reset_prefix_cache()
         assert [each.tokens for each in generate(llm, [[3, 1, 4]], 2)] == [each.tokens for each in before]

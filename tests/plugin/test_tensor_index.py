@@ -45,6 +45,18 @@ def test_it_is_not_served_without(name: str, copy: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "name", ["1.{}.experts.0.w2.weight_codebook", "1.{}.experts.3.w3.weight_scale", "2.{}.experts.5.w2.weight"]
+)
+def test_a_tensor_of_a_coded_or_a_plain_expert_is_missed(name: str, mixed_copy: Path) -> None:
+    """Of a plain one vLLM would serve what its memory held before."""
+    ask(mixed_copy, mixed_copy)
+    lost = f"model.layers.{name.format('block_sparse_moe')}"
+    remove_tensors(mixed_copy, {lost})
+    with pytest.raises(FormatError, match=rf"{lost}( is missing)?; copy or convert"):
+        ask(mixed_copy, mixed_copy)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_is_missed(family: str, tmp_path: Path) -> None:
     source, packed = build_tiny(family, tmp_path / "source"), tmp_path / "packed"

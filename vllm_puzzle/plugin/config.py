@@ -7,6 +7,7 @@ import torch
 from ..format import (
     QUANT_METHOD,
     FormatError,
+    LayerCodes,
     LayerSlots,
     PuzzleMoEQuantizationConfig,
     check_packed_names,
@@ -26,7 +27,7 @@ from .tensor_index import Shapes, read_shapes
 
 
 class PuzzleMoEConfig(QuantizationConfig):
-    """`quantization_config` of format version 1, as vLLM's QuantizationConfig."""
+    """`quantization_config` of a packed checkpoint, as vLLM's QuantizationConfig."""
 
     def __init__(self, quantization: PuzzleMoEQuantizationConfig | None = None) -> None:
         super().__init__()
@@ -93,37 +94,69 @@ class PuzzleMoEConfig(QuantizationConfig):
                 self._check_dense(shapes, model_name)
 
     def _check_dense(self, shapes: Shapes, model_name: str) -> None:
+        layers, plain = self._layers(), self.quantization.plain_layers
         try:
-            expected = dense_tensors(empty_model(self._hf_config), [each.layer for each in self.quantization.layers])
+            model = empty_model(self._hf_config)
+            dense = dense_tensors(model, layers)
+            experts = dense_tensors(model, layers, plain).items() - dense.items()
         except FormatError as error:
             # vLLM's own model may well take what transformers' does not.
             logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)
             return
-        check_dense_tensors(shapes, expected, model_name, "copy or convert the checkpoint again")
+        for layer in plain:
+            names = dict(expert for expert in experts if layer_index(expert[0]) == layer)
+            elsewhere = any(".experts." in name and layer_index(name) == layer for name in shapes.keys() - names.keys())
+            # The source may have had them in another layout than the hub's.
+            if not elsewhere or names.keys() & shapes.keys():
+                dense |= names
+        check_dense_tensors(shapes, dense, model_name, "copy or convert the checkpoint again")
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            # Imported late: the operator is needed only by a process that holds such a layer.
-            from .method import PuzzleMoEMethod
+            # Imported late: the operators are needed only by a process that holds such a layer.
+            from .coded_method import CodedMethod
+            from .pairs_method import PairsMethod
 
-            slots = self._slots(prefix)
+            experts = self._experts(prefix)
+            if isinstance(experts, LayerCodes):
+                return CodedMethod(experts, self, layer)
             # None leaves the layer's experts to vLLM, as they are.
-            return None if slots is None else PuzzleMoEMethod(slots, self, layer)
+            return None if experts is None else PairsMethod(experts, self, layer)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None
 
-    def _slots(self, prefix: str) -> LayerSlots | None:
-        """The layer's slots; None for layers that only predict further tokens, whose experts stay BF16."""
+    def _experts(self, prefix: str) -> LayerSlots | LayerCodes | None:
+        """How the layer's experts are stored; None for those that stay as they were.
+
+        These are plain layers, and layers that only predict further tokens.
+        """
         index = layer_index(prefix)
         # Of a drafting model vLLM says that it has no decoder layers, or as many as the model that it drafts for.
         after = index is not None and self._num_hidden_layers is not None and index >= self._num_hidden_layers
-        if after or is_outside(prefix):
+        if after or is_outside(prefix) or index in self.quantization.plain_layers:
             return None
-        slots = None if index is None else self.quantization.layer(index)
-        if slots is None:
-            packed = [each.layer for each in self.quantization.layers]
+        experts = None if index is None else self.quantization.layer(index) or self.quantization.coded_layer(index)
+        if experts is None:
             raise FormatError(
-                f"{prefix} has routed experts, but quantization_config packs layers {packed} only; convert again"
+                f"{prefix} has routed experts, but quantization_config lists layers {self._layers()} only; convert "
+                f"again"
             )
-        return slots
+        return experts
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the model's experts are all stored in tensors of the same sizes.
+
+        Expert-parallel load balancing needs it: it moves the experts of every layer through buffers of the first one's
+        sizes (vllm/distributed/eplb/eplb_state.py, `expert_buffer`).
+        """
+        widths = {
+            bits for codes in self.quantization.coded_layers for bits in zip(codes.w13_bits, codes.w2_bits, strict=True)
+        }
+        return len(widths) == 1 and not self.quantization.layers and not self.quantization.plain_layers
+
+    def _layers(self) -> list[int]:
+        """The decoder layers with routed experts, however they are stored."""
+        stored: list[LayerSlots | LayerCodes] = [*self.quantization.layers, *self.quantization.coded_layers]
+        return sorted([each.layer for each in stored] + self.quantization.plain_layers)

@@ -1,4 +1,6 @@
-"""What a model or its configuration may ask of the experts and packed experts do not have: refused, by name."""
+"""What a model or its configuration may ask of the experts and ours do not have: refused, by name."""
+
+from collections.abc import Mapping
 
 import torch
 
@@ -10,9 +12,15 @@ from .host import RoutedExperts, VllmConfig, current_platform
 _LOAD_FORMATS_OF_ENGINES = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache", "modelexpress")
 _ATTENTION = "q_proj k_proj v_proj o_proj"
 
+Unsupported = Mapping[str, bool]
+"""What is not supported, with what to do instead, and whether it is asked for."""
 
-def refuse_unsupported(layer: RoutedExperts, engine: Engine, vllm_config: VllmConfig) -> None:
-    """Raises NotImplementedError for the first thing that is not supported, with the layer and what to do instead."""
+
+def refuse_unsupported(layer: RoutedExperts, engine: Engine, vllm_config: VllmConfig, of_its_kind: Unsupported) -> None:
+    """Raises NotImplementedError for the first thing that is not supported, with the layer and what to do instead.
+
+    `of_its_kind` is what experts that are stored as the layer's do not have; the rest goes for all.
+    """
     moe = layer.moe_config
     parallel = moe.moe_parallel_config
     activation = layer.activation.value
@@ -28,8 +36,7 @@ def refuse_unsupported(layer: RoutedExperts, engine: Engine, vllm_config: VllmCo
         "a SwiGLU limit, alpha or beta": any(
             value is not None for value in (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
         ),
-        "expert-parallel load balancing (--enable-eplb)": parallel.enable_eplb,
-        "round-robin expert placement (--expert-placement-strategy)": layer.expert_placement_strategy == "round_robin",
+        **of_its_kind,
         f"--all2all-backend {backend} with data or sequence parallelism (use allgather_reducescatter)": dispatches
         and backend != "allgather_reducescatter",
         "expert parallelism over prefill context parallel ranks (leave out --enable-expert-parallel)": parallel.use_ep
@@ -61,7 +68,7 @@ def refuse_to_save(layer: RoutedExperts) -> None:
         if prefix.startswith(layer_name):
             raise NotImplementedError(
                 f"{layer_name}: puzzlemoe does not support saving the weights of a running engine "
-                f"(save_sharded_state), where words lie in the engine's order; copy the packed checkpoint itself"
+                f"(save_sharded_state), where experts lie in the engine's order; copy the packed checkpoint itself"
             )
 
     layer_name = layer.layer_name

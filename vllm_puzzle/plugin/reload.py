@@ -14,29 +14,29 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 
-from ..format import FormatError, PuzzleMoEQuantizationConfig
+from ..format import FormatError, LayerCodes, LayerSlots, PuzzleMoEQuantizationConfig
 from .config import PuzzleMoEConfig
 from .host import get_hf_file_to_dict
 
 
 class PackedParameter(torch.nn.Parameter):
-    """Words, with the loader that copies them; `begin_reload` is called when vLLM begins to load them again.
+    """Words, codes, codebooks or scales, with their loader; `begin_reload` is called when vLLM loads them again.
 
     vLLM then sets a loader of its own, which wraps this one, on the parameter's copy on the meta device; until it has
     done so for every layer it copies nothing, so `begin_reload` may still refuse.
     """
 
-    def __new__(cls, words: torch.Tensor, *_: Any) -> "PackedParameter":
-        return super().__new__(cls, words, requires_grad=False)
+    def __new__(cls, data: torch.Tensor, *_: Any) -> "PackedParameter":
+        return super().__new__(cls, data, requires_grad=False)
 
     def __init__(
         self,
-        words: torch.Tensor,
+        data: torch.Tensor,
         weight_loader: Callable[..., Any],
         loaded_numel: int,
         begin_reload: Callable[[], None],
     ) -> None:
-        """`loaded_numel` is how many of the words come from the checkpoint; the rest is padding."""
+        """`loaded_numel` is how many elements come from the checkpoint; the rest is padding."""
         self._own_loader = self._weight_loader = weight_loader
         self._begin_reload = begin_reload
         # By this name vLLM asks for it, to know when a layer is complete.
@@ -133,27 +133,50 @@ def _check_folder(
 
 
 def _difference(found: PuzzleMoEQuantizationConfig, running: PuzzleMoEQuantizationConfig) -> str | None:
-    """The first thing in which the slots differ, in words."""
-    for field in ("bits", "hidden_size", "intermediate_size"):
+    """The first thing in which they store experts differently, in words."""
+    for field in ("bits", "num_experts", "hidden_size", "intermediate_size"):
         there, here = getattr(found, field), getattr(running, field)
         if there != here:
             return f"{field} is {there} there and {here} in the running model"
-    packed, runs = ([layer.layer for layer in config.layers] for config in (found, running))
-    if packed != runs:
-        return f"layers {packed} are packed there and {runs} in the running model"
-    for new, old in zip(found.layers, running.layers, strict=True):
-        if (new.num_experts, new.pairs) != (old.num_experts, old.pairs):
+    for what, layers in (
+        ("packed pairs", lambda config: [layer.layer for layer in config.layers]),
+        ("codes", lambda config: [layer.layer for layer in config.coded_layers]),
+        ("plain experts", lambda config: config.plain_layers),
+    ):
+        there, here = layers(found), layers(running)
+        if there != here:
+            return f"layers {there} have {what} there and layers {here} in the running model"
+    differences = (
+        *(_other_slots(new, old) for new, old in zip(found.layers, running.layers, strict=True)),
+        *(_other_widths(new, old) for new, old in zip(found.coded_layers, running.coded_layers, strict=True)),
+    )
+    return next((difference for difference in differences if difference is not None), None)
+
+
+def _other_slots(new: LayerSlots, old: LayerSlots) -> str | None:
+    if new.pairs != old.pairs:
+        return (
+            f"layer {new.layer} has {new.pairs} pairs of {new.num_experts} experts there and {old.pairs} of "
+            f"{old.num_experts} in the running model"
+        )
+    for slot in range(new.num_slots):
+        there, here = new.members(slot), old.members(slot)
+        if there != here:
             return (
-                f"layer {new.layer} has {new.pairs} pairs of {new.num_experts} experts there and {old.pairs} of "
-                f"{old.num_experts} in the running model"
+                f"slot {slot} of layer {new.layer} holds {_experts(there)} there and {_experts(here)} in the running "
+                f"model"
             )
-        for slot in range(new.num_slots):
-            there, here = new.members(slot), old.members(slot)
-            if there != here:
-                return (
-                    f"slot {slot} of layer {new.layer} holds {_experts(there)} there and {_experts(here)} in the "
-                    f"running model"
-                )
+    return None
+
+
+def _other_widths(new: LayerCodes, old: LayerCodes) -> str | None:
+    for expert in range(new.num_experts):
+        there, here = ((each.w13_bits[expert], each.w2_bits[expert]) for each in (new, old))
+        if there != here:
+            return (
+                f"the codes of expert {expert} of layer {new.layer} have {there[0]} and {there[1]} bits there and "
+                f"{here[0]} and {here[1]} in the running model"
+            )
     return None
 
 
