@@ -37,6 +37,7 @@ void write_plane(const StepCodes& codes, uint8_t* plane) {
     constexpr int kLaneBits = 8 * sizeof(Lane), kPairs = pairs_of_vector(field, kLaneBits);
     for (int vector = 0; vector < kPairsPerStep / kPairs; ++vector) {
         Lane lanes[kLanesOfPair] = {};
+#pragma GCC unroll 16
         for (int pair = 0; pair < kPairs; ++pair)
             for (int lane = 0; lane < kLanesOfPair; ++lane) {
                 const unsigned value = codes[vector * kPairs + pair][lane] >> shift & ((1u << field) - 1);

@@ -11,8 +11,8 @@ struct CodeReader {
     const uint16_t* codebook;
 
     // Pair `pair` of a K-step: the points' first and second coordinates of 16 rows, BF16, the odd column's above the
-    // even one's.
-    void read(const uint8_t* codes, int pair, Pairs32* first, Pairs32* second) const {
+    // even one's. Not inline: where loops over pairs are unrolled, it would be compiled for minutes and be no faster.
+    __attribute__((noinline)) void read(const uint8_t* codes, int pair, Pairs32* first, Pairs32* second) const {
         uint16_t coordinates[2][kTileRows][2];
         for (int row = 0; row < kTileRows; ++row)
             for (int column = 0; column < 2; ++column) {

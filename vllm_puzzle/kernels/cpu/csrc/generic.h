@@ -11,7 +11,10 @@ namespace {
 
 struct Generic {
     using Act = float;
-    static constexpr int kChunk = 8;
+    static constexpr int kChunk = 12;
+    // Of 16 registers three rows of both tiles take 12, of 32 eight rows take 16. Four lanes are too few for both tiles.
+    static constexpr int kMostRows = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 4;
+    static constexpr int kTilesOfPass = kLanes == 4 ? 1 : 2;
     static constexpr bool kDecodesInRegisters = false;
 
     static void begin() {}
@@ -34,20 +37,11 @@ struct Generic {
 
     static void dense(const uint16_t* decoded, int steps, const float* a, int n, int64_t stride, float* c,
                       Ahead) {
-        for (int row = 0; row < n;) {
-            const int left = n - row;
-            const float* from = a + row * stride;
-            float* to = c + row * kBlockRows;
-            if (left >= 4) {
-                rows<4>(decoded, steps, from, stride, to);
-                row += 4;
-            } else if (left >= 2) {
-                rows<2>(decoded, steps, from, stride, to);
-                row += 2;
-            } else {
-                rows<1>(decoded, steps, from, stride, to);
-                row += 1;
-            }
+        // Passes of even length, as many rows each as their sums leave registers for.
+        const int passes = (n + kMostRows - 1) / kMostRows;
+        for (int pass = 0; pass < passes; ++pass) {
+            const int begin = n * pass / passes, end = n * (pass + 1) / passes;
+            pass_of<kMostRows>(end - begin, decoded, steps, a + begin * stride, stride, c + begin * kBlockRows);
         }
     }
 
@@ -75,10 +69,12 @@ struct Generic {
     }
 
    private:
+    // A sum waits for its own last product: one row alone gets several sums, which take turns, where there is room.
     template <int bits, int kRows>
     static void coded_rows(const CodeBlock& block, int steps, const float* a, int64_t stride, float* c) {
+        constexpr int kTurns = kRows == 1 && kLanes == 16 ? 4 : 1;
         const CodeReader<bits> reader{block.codebook};
-        Floats sum[kRows][2][kTileVectors] = {};
+        Floats sum[kTurns][kRows][2][kTileVectors] = {};
         const uint8_t* codes = block.codes;
         for (int step = 0; step < steps; ++step, codes += step_code_bytes(bits), a += kStepColumns) {
             prefetch_codes<bits>(block, step, steps);
@@ -94,36 +90,53 @@ struct Generic {
 #pragma GCC unroll 2
                         for (int r = 0; r < kRows; ++r) {
                             const float* x = a + r * stride + 2 * pair;
-                            sum[r][tile][v] += even * x[0];
-                            sum[r][tile][v] += odd * x[1];
+                            sum[2 * pair % kTurns][r][tile][v] += even * x[0];
+                            sum[(2 * pair + 1) % kTurns][r][tile][v] += odd * x[1];
                         }
                     }
             }
         }
-        std::memcpy(c, sum, sizeof(sum));
+        for (int turn = 1; turn < kTurns; ++turn)
+            for (int r = 0; r < kRows; ++r)
+                for (int tile = 0; tile < 2; ++tile)
+                    for (int v = 0; v < kTileVectors; ++v) sum[0][r][tile][v] += sum[turn][r][tile][v];
+        std::memcpy(c, sum[0], sizeof(sum[0]));
     }
 
     template <int kRows>
-    static void rows(const uint16_t* decoded, int steps, const float* a, int64_t stride, float* c) {
-        for (int tile = 0; tile < 2; ++tile) {
-            Floats sum[kRows][kTileVectors] = {};
-            for (int step = 0; step < steps; ++step) {
-                const uint16_t* words = decoded + int64_t(step) * kStepWords + tile * kTileWords;
-                const float* x = a + step * kStepColumns;
-                for (int pair = 0; pair < kPairsPerStep; ++pair, words += kPairWords, x += 2) {
-#pragma GCC unroll 8
+    static void pass_of(int rows, const uint16_t* decoded, int steps, const float* a, int64_t stride, float* c) {
+        if (rows == kRows) {
+            for (int tile = 0; tile < 2; tile += kTilesOfPass)
+                multiply_rows<kRows>(decoded + tile * kTileWords, steps, a, stride, c + tile * kTileRows);
+        } else if constexpr (kRows > 1) {
+            pass_of<kRows - 1>(rows, decoded, steps, a, stride, c);
+        }
+    }
+
+    template <int kRows>
+    static void multiply_rows(const uint16_t* tiles, int steps, const float* a, int64_t stride, float* c) {
+        Floats sum[kRows][kTilesOfPass][kTileVectors] = {};
+        for (int step = 0; step < steps; ++step) {
+            const uint16_t* words = tiles + int64_t(step) * kStepWords;
+            const float* x = a + step * kStepColumns;
+            for (int pair = 0; pair < kPairsPerStep; ++pair, words += kPairWords, x += 2) {
+#pragma GCC unroll 2
+                for (int tile = 0; tile < kTilesOfPass; ++tile)
+#pragma GCC unroll 4
                     for (int v = 0; v < kTileVectors; ++v) {
-                        const Pairs32 w = reinterpret_cast<const Pairs32*>(words)[v];
+                        const Pairs32 w = reinterpret_cast<const Pairs32*>(words + tile * kTileWords)[v];
                         const Floats even = even_column(w), odd = odd_column(w);
 #pragma GCC unroll 8
-                        for (int r = 0; r < kRows; ++r) sum[r][v] += even * x[r * stride] + odd * x[r * stride + 1];
+                        for (int r = 0; r < kRows; ++r) {
+                            sum[r][tile][v] += even * x[r * stride];
+                            sum[r][tile][v] += odd * x[r * stride + 1];
+                        }
                     }
-                }
             }
-            for (int r = 0; r < kRows; ++r)
-                for (int v = 0; v < kTileVectors; ++v)
-                    reinterpret_cast<Floats*>(c + r * kBlockRows + tile * kTileRows)[v] = sum[r][v];
         }
+        for (int r = 0; r < kRows; ++r)
+            for (int tile = 0; tile < kTilesOfPass; ++tile)
+                std::memcpy(c + r * kBlockRows + tile * kTileRows, sum[r][tile], sizeof(sum[r][tile]));
     }
 };
 
