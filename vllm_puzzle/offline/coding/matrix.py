@@ -36,7 +36,7 @@ class CodedMatrix:
 
     def decoded(self) -> torch.Tensor:
         """The weights as a reader has them, float32 (2, rows, columns)."""
-        return decode(self.codes, self.codebook, self.scales)
+        return decode(self.codes, self.codebook, self.scales).contiguous()
 
 
 def code_matrix(weights: torch.Tensor, moments: torch.Tensor, costs: torch.Tensor, bits: int) -> CodedMatrix:
