@@ -125,9 +125,9 @@ def test_with_calibration_an_expert_is_known_by_what_it_computes(
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("uneven", [False, True])
-def test_verify_accepts_experts_that_no_token_reached(uneven: bool, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text(short_text(300))
+def test_verify_accepts_experts_that_no_token_reached_and_channels_that_differ(tmp_path: Path) -> None:
+    """Most channels differ by little, a few by much, as in language models: random inputs then say least."""
+    (tmp_path / "text").write_text(short_text(80))
     source = build_tiny("olmoe", tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     for layer in range(3):
@@ -135,14 +135,12 @@ def test_verify_accepts_experts_that_no_token_reached(uneven: bool, tmp_path: Pa
         router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
         router[[1, 6]] = -router[[0, 5]]
         router[[2, 3, 4, 7]] = 0
-        if uneven:
-            norm = tensors[f"model.layers.{layer}.post_attention_layernorm.weight"]
-            norm.copy_(torch.linspace(-1.5, 1.5, len(norm)).exp())
-            norm[[3, 50]] *= 20
+        norm = tensors[f"model.layers.{layer}.post_attention_layernorm.weight"]
+        norm.copy_(torch.linspace(-1.5, 1.5, len(norm)).exp())
+        norm[[3, 50]] *= 20
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    for bits in ("2", "3.1"):
-        packed = convert(source, tmp_path / bits, "--bits", bits, "--calibration", str(tmp_path / "text"))
-        assert main(["verify", str(source), str(packed)]) == 0
+    packed = convert(source, tmp_path / "packed", "--bits", "2", "--calibration", str(tmp_path / "text"))
+    assert main(["verify", str(source), str(packed)]) == 0
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

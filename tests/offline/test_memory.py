@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,38 +28,38 @@ def resident(kind):
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(kind))
 
-first, source, text, folder, rules = sys.argv[1:]
+first, source, text, folder, recipes = sys.argv[1:]
 text = Path(text) if text else None
 # What a process needs for itself, allocators and libraries that are loaded at the first use included.
 rule = "compensated" if text else "saliency"
 convert(Path(first), Path(folder, "warm-up"), ConvertOptions(text, rule=rule, align=False), print, print)
-for number, (rule, align) in enumerate(json.loads(rules)):
+for number, recipe in enumerate(json.loads(recipes)):
     said = []
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = resident("VmRSS")
-    options = ConvertOptions(text, rule=rule, align=align)
+    options = ConvertOptions(text, **recipe)
     convert(Path(source), Path(folder, str(number)), options, said.append, lambda *_: None)
     said = [sentence for sentence in said if sentence.startswith("rule")]
     print(json.dumps({"said": said[0], "taken": resident("VmHWM") - before}), file=sys.stderr)
 """
 
 
-def check_memory(first: Path, source: Path, text: str, folder: Path, rules: list[tuple[str, bool | None]]) -> None:
-    """Converts `first`, and then `source` by each of `rules`, aligned or not, in one process."""
+def check_memory(first: Path, source: Path, text: str, folder: Path, recipes: list[dict[str, Any]]) -> None:
+    """Converts `first`, and then `source` with each of the options `recipes`, in one process."""
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(first), str(source), text, str(folder), json.dumps(rules)],
+        [sys.executable, "-c", _PROGRAM, str(first), str(source), text, str(folder), json.dumps(recipes)],
         capture_output=True,
         text=True,
         check=True,
     )
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    assert len(lines) == len(rules)
-    for (rule, align), line in zip(rules, lines, strict=True):
+    assert len(lines) == len(recipes)
+    for recipe, line in zip(recipes, lines, strict=True):
         number, unit = line["said"].split()[-4:-2]
         said = float(number) * {"MB": 1e6, "GB": 1e9}[unit]
         # It is said in three digits.
-        assert line["taken"] <= 1.005 * said, (rule, align, line)
+        assert line["taken"] <= 1.005 * said, (recipe, line)
 
 
 @needs_a_mark
@@ -66,7 +67,13 @@ def test_no_more_memory_is_taken_than_was_said(tmp_path: Path) -> None:
     source = build_tiny("mixtral", tmp_path / "source", hidden_size=384, intermediate_size=512, num_hidden_layers=2)
     text = tmp_path / "text"
     text.write_text(short_text(150))
-    check_memory(source, source, str(text), tmp_path, [("paper", None), ("saliency", True), ("compensated", False)])
+    recipes = [
+        {"rule": "paper"},
+        {"rule": "saliency", "align": True},
+        {"rule": "compensated", "align": False},
+        {"bits": 2.5},
+    ]
+    check_memory(source, source, str(text), tmp_path, recipes)
 
 
 @needs_a_mark
@@ -75,4 +82,5 @@ def test_without_calibration_no_layer_is_in_memory(tmp_path: Path) -> None:
     shape = MixtralSizes(num_hidden_layers=1, hidden_size=1024, intermediate_size=2048, num_local_experts=32)
     write_source(tmp_path / "first", replace(shape, num_local_experts=4))
     write_source(tmp_path / "source", shape)
-    check_memory(tmp_path / "first", tmp_path / "source", "", tmp_path, [("saliency", False)])
+    recipes = [{"rule": "saliency", "align": False}]
+    check_memory(tmp_path / "first", tmp_path / "source", "", tmp_path, recipes)

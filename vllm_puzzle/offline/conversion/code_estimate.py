@@ -7,8 +7,8 @@ from .work import Work
 # Beside two rounds for the scales: passes that decide every code, each over all columns.
 _CALIBRATED_PASSES, _BLIND_PASSES = 4, 1
 _SCALE_ROUNDS = 2
-# Values that points are fitted to, for each point, and how often; each costs as much as so many codes.
-_SAMPLES_PER_POINT, _FIT_ROUNDS, _FIT_COST = 256, 11, 3
+# Codes that points are fitted to, of each matrix, and how often: as they start, and once more to what was wanted.
+_FITTED_CODES, _FITS, _REFITS = 1 << 18, 8, 3
 # A column takes about 15 operations, each 5 to 10 microseconds where it is launched for itself.
 _SECONDS_PER_COLUMN = 1.5e-4
 # Temporaries that are bounded whatever the model's size.
@@ -25,11 +25,11 @@ def estimate_coding(work: Work, speed: Speed, bits: float, calibrated: bool, sur
     through = 2 * routed * expert + 2 * num_tokens * work.dense_weights
     products = 2.0 * through
     # Losses of element pairs that finding the nearest of the points takes as long as.
-    nearest = 0.3 + 2 ** (2 * bits) / 100
+    nearest = 0.18 + 2 ** (2 * bits) / 380
     passes = _CALIBRATED_PASSES if calibrated else _BLIND_PASSES
     elements = (_SCALE_ROUNDS + passes) * nearest * weights / 2
-    samples = min(expert / 4, _SAMPLES_PER_POINT * 2 ** (2 * bits))
-    elements += 2 * num_experts * _FIT_ROUNDS * _FIT_COST * nearest * samples
+    fitted = min(hidden * inner, _FITTED_CODES) + min(hidden * inner / 2, _FITTED_CODES)
+    elements += num_experts * (_FITS + _REFITS * calibrated) * nearest * fitted
     columns = 0
     if surveys:
         # Statistics of every expert, and a sample of its rows at every width.
