@@ -1,5 +1,5 @@
 """Two ranks give the tokens of one: tensor parallel and expert parallel, slots of two members and of one, codes of all
-widths, plain experts. Half of an expert's 40 neurons begins within a group of codes."""
+widths. Half of an expert's 40 neurons begins within a group of codes."""
 
 import json
 import os
@@ -22,7 +22,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Heads that two ranks can share.
     source = build_tiny("qwen3_moe", folder / "source", num_attention_heads=4, num_key_value_heads=2)
     assert main(["convert", str(source), str(folder / "packed"), "--compression", "25"]) == 0
-    mix(source, folder / "packed")
+    # No plain layer, since vLLM's own experts know no expert parallelism on a CPU.
+    mix(source, folder / "packed", kinds=("pairs", "uneven", "even"))
     return folder / "packed"
 
 

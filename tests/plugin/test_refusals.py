@@ -147,6 +147,15 @@ def test_experts_of_several_sizes_are_not_balanced(
         pass
 
 
+def test_plain_experts_on_several_ranks(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own kernels would read past the weights of one."""
+    change_layers(monkeypatch, lambda layer: set_parallel(layer, use_ep=True))
+    message = r"layers\.0\..* does not support expert parallelism of plain experts on a CPU; leave out"
+    model, _ = checkpoints.mixed("qwen3_moe", ("plain", *CODES[1:]))
+    with pytest.raises(NotImplementedError, match=message), running(model):
+        pass
+
+
 def test_ranks_that_would_split_a_pair(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = json.loads((packed / "config.json").read_text())["quantization_config"]["layers"][0]["experts"][0]
     here = torch.full((8,), -1, dtype=torch.int32)

@@ -116,12 +116,16 @@ class PuzzleMoEConfig(QuantizationConfig):
             # Imported late: the operators are needed only by a process that holds such a layer.
             from .coded_method import CodedMethod
             from .pairs_method import PairsMethod
+            from .refusals import refuse_unsupported_plain
 
             experts = self._experts(prefix)
+            if experts is None:
+                refuse_unsupported_plain(layer)
+                # Leaves the layer's experts to vLLM, as they are.
+                return None
             if isinstance(experts, LayerCodes):
                 return CodedMethod(experts, self, layer)
-            # None leaves the layer's experts to vLLM, as they are.
-            return None if experts is None else PairsMethod(experts, self, layer)
+            return PairsMethod(experts, self, layer)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod()
         return None

@@ -55,6 +55,17 @@ def refuse_unsupported(layer: RoutedExperts, engine: Engine, vllm_config: VllmCo
             raise NotImplementedError(f"{layer.layer_name}: puzzlemoe does not support {feature}")
 
 
+def refuse_unsupported_plain(layer: RoutedExperts) -> None:
+    """Raises NotImplementedError where vLLM's own experts would not compute what a plain layer is."""
+    # Its kernels there are not told which experts a rank has, and read past the weights that it holds
+    # (vllm/model_executor/layers/fused_moe/experts/cpu_moe.py, `CPUUnquantizedExperts.apply`).
+    if current_platform.is_cpu() and layer.use_ep:
+        raise NotImplementedError(
+            f"{layer.layer_name}: vLLM does not support expert parallelism of plain experts on a CPU; leave out "
+            f"--enable-expert-parallel, or convert every layer"
+        )
+
+
 def names_experts(module: str) -> bool:
     """Whether a module's name, whole or its end, is that of routed experts or lies inside them."""
     return "experts" in module.split(".")
