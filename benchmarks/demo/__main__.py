@@ -27,12 +27,20 @@ from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
 QUESTION = "What is the capital of France?"
 MAX_TOKENS = 48
 STREAMS = 5
-CALIBRATION_SEQUENCES = 8
+# Of 2048 tokens each.
+PAIRS_SEQUENCES = 8
+# Codes take the text through the model two or three times, the source's and the coded one, so they get less of it.
+CODES_SEQUENCES = 4
 
 
 def _run(*arguments: str) -> None:
     print("$", " ".join(arguments), flush=True)
     subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def _convert(source: Path, destination: Path, text: Path, sequences: int, *options: str) -> None:
+    calibration = ("--calibration", str(text), "--calibration-sequences", str(sequences))
+    _run("vllm_puzzle.convert", str(source), str(destination), *calibration, *options)
 
 
 def _expert_bytes(checkpoint: Checkpoint) -> int:
@@ -108,10 +116,9 @@ def demo(work: Path, cache: Path, bits: float) -> dict[str, Any]:
     print("building the sparsely routed reference model", flush=True)
     build("sparse", source, cache)
     text.write_text(read_text("c4", cache), encoding="utf-8")
-    calibration = ("--calibration", str(text), "--calibration-sequences", str(CALIBRATION_SEQUENCES))
-    # The default rule would take minutes more to answer the same question.
-    _run("vllm_puzzle.convert", str(source), str(packed), *calibration, "--rule", "saliency")
-    _run("vllm_puzzle.convert", str(source), str(coded), *calibration, "--bits", f"{bits:g}")
+    # The default rule of pairs, and a budget of bits over layers and experts, would take minutes more.
+    _convert(source, packed, text, PAIRS_SEQUENCES, "--rule", "saliency")
+    _convert(source, coded, text, CODES_SEQUENCES, "--bits", f"{bits:g}", "--even")
     plugin = ("--quantization", "puzzlemoe")
     before = serve_and_ask(source, work / "server-uncompressed.log")
     pairs = serve_and_ask(packed, work / "server.log", *plugin)
