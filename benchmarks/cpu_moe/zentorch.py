@@ -80,7 +80,7 @@ def _int8(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _int4(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A BF16 scale per 128 columns."""
+    """A BF16 scale per 128 columns, (experts, groups, rows)."""
     weights, scales = [], []
     for weight in (w13, w2):
         packed, of_groups = [], []
@@ -89,7 +89,7 @@ def _int4(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
             scale = groups.abs().amax(dim=-1, keepdim=True) / 7
             integers = (groups / scale).round().to(torch.int8).view(each.shape)
             packed.append(torch.ops.zentorch.zentorch_woq_repack_weight(integers))
-            of_groups.append(scale.squeeze(-1).bfloat16())
+            of_groups.append(scale.squeeze(-1).T.contiguous().bfloat16())
         weights.append(torch.stack(packed))
         scales.append(torch.stack(of_groups))
     return (*weights, *scales)
