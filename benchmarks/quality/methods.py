@@ -3,7 +3,7 @@
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,6 @@ import torch
 
 from benchmarks.quality.model import QualityModel, in_bfloat16
 from benchmarks.quality.peers import CompressedLayer, LoggedTokens, Peer
-from vllm_puzzle.offline.checkpoints.dense import build_model
-from vllm_puzzle.offline.conversion.calibration import Calibrator, HiddenStates
 from vllm_puzzle.offline.conversion.convert import convert
 from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.merging.layer import ExpertWeights
@@ -62,7 +60,7 @@ def apply_packed(model: QualityModel, row: Packed, calibration: Path, sequences:
 
 @dataclass
 class Compressed:
-    """What a peer makes of each layer, in bfloat16; `cost` counts the calibration that it shared with others too."""
+    """What a peer makes of each layer, in bfloat16; `cost` does not count the calibration that peers share."""
 
     layers: dict[int, CompressedLayer]
     cost: Cost
@@ -73,60 +71,41 @@ class Compressed:
             model.set_layer(layer, compressed.experts, compressed.dropped)
 
 
+def calibrate(model: QualityModel, token_ids: torch.Tensor) -> dict[int, LoggedTokens]:
+    """The tokens that enter each layer's experts in the model as it is, of int64 (num_sequences, sequence_length)."""
+    logged: dict[int, LoggedTokens] = {}
+
+    def log(layer: int, tokens: LoggedTokens) -> ExpertWeights:
+        logged[layer] = tokens
+        return model.source(layer)
+
+    model.visit(token_ids, log)
+    return logged
+
+
 @torch.inference_mode()
-def compress_by_peers(
-    model: QualityModel, peers: Sequence[Peer], token_ids: torch.Tensor, seed: int
-) -> list[Compressed]:
-    """Compresses every layer by each of `peers`, which see the same tokens: a sequential one therefore comes alone.
+def compress_by_peer(
+    model: QualityModel, peer: Peer, token_ids: torch.Tensor, logged: Mapping[int, LoggedTokens], seed: int
+) -> Compressed:
+    """Compresses every layer.
 
-    `token_ids` are those that the converter calibrates on. Where no peer needs them none is run.
+    `token_ids` are those that the converter calibrates on, and `logged` is what `calibrate` makes of them; a sequential
+    peer runs them again, through what it leaves.
     """
-    generators = [random.Random(seed) for _ in peers]
-    layers: list[dict[int, CompressedLayer]] = [{} for _ in peers]
-    seconds = [0.0 for _ in peers]
+    generator = random.Random(seed)
+    layers: dict[int, CompressedLayer] = {}
+
+    def compress(layer: int, tokens: LoggedTokens) -> ExpertWeights:
+        result = peer.method(model.source(layer), tokens, generator)
+        layers[layer] = CompressedLayer(in_bfloat16(result.experts), result.dropped, result.bits)
+        return layers[layer].experts
+
     start = time.perf_counter()
-    calibrated = any(peer.needs_calibration for peer in peers)
-    for layer, experts, tokens, hidden in walk(model, token_ids) if calibrated else _walk_without_tokens(model):
-        for index, peer in enumerate(peers):
-            before = time.perf_counter()
-            result = peer.method(experts, tokens, generators[index])
-            layers[index][layer] = CompressedLayer(in_bfloat16(result.experts), result.dropped)
-            seconds[index] += time.perf_counter() - before
-        if hidden is not None:
-            sees = layers[0][layer].experts if peers[0].sequential else experts
-            hidden.add(tokens.through(sees))
-    shared = time.perf_counter() - start - sum(seconds)
-    return [
-        Compressed(made, Cost(peer.bits, shared + own)) for peer, made, own in zip(peers, layers, seconds, strict=True)
-    ]
-
-
-def _walk_without_tokens(model: QualityModel) -> Iterator[tuple[int, ExpertWeights, LoggedTokens, None]]:
-    nothing = torch.zeros(0, model.shape.hidden_size, dtype=torch.bfloat16)
-    tokens = LoggedTokens(nothing, torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), torch.zeros(0, 1))
-    for layer in model.shape.moe_layers:
-        yield layer, model.source(layer), tokens, None
-
-
-def walk(
-    model: QualityModel, token_ids: torch.Tensor
-) -> Iterator[tuple[int, ExpertWeights, LoggedTokens, HiddenStates]]:
-    """Every MoE layer with the calibration tokens that enter its experts, through the converter's own calibration.
-
-    Yields the layer, its uncompressed experts, the tokens, and the hidden states that lack the experts' output: add
-    it before going on.
-    """
-    checkpoint, shape = model.checkpoint, model.shape
-    calibrator = Calibrator(
-        checkpoint, build_model(model.config, checkpoint.path / "config.json"), token_ids, torch.device("cpu")
-    )
-    hidden = calibrator.embed()
-    for layer in range(shape.num_hidden_layers):
-        routed = calibrator.run(layer, hidden)
-        if routed is None:
-            continue
-        name = f"{shape.block_prefix(layer)}gate.weight"
-        router = checkpoint.read([name])[name]
-        logits = (routed.hidden @ router.to(routed.hidden.dtype).T).float()
-        tokens = LoggedTokens(routed.hidden, routed.topk_ids, routed.topk_weights, logits)
-        yield layer, model.source(layer), tokens, hidden
+    if peer.sequential:
+        model.visit(token_ids, compress)
+    else:
+        for layer, tokens in logged.items():
+            compress(layer, tokens)
+    seconds = time.perf_counter() - start
+    stored = [peer.bits if layer.bits is None else layer.bits for layer in layers.values()]
+    return Compressed(layers, Cost(sum(bits or 0.0 for bits in stored) / len(stored), seconds))

@@ -1,0 +1,50 @@
+"""Coded experts made layer by layer from the uncompressed model, as the peers are, for comparisons with equal inputs.
+
+What the converter writes is better: it lets each layer make up for those before it.
+"""
+
+import random
+from collections.abc import Mapping
+
+import torch
+
+from benchmarks.quality.peers import CompressedLayer, LoggedTokens, Method, Peer
+from vllm_puzzle.format import CODE_BITS, CodedShape, LayerCodes
+from vllm_puzzle.offline.coding.expert import code_expert
+from vllm_puzzle.offline.merging.layer import ExpertWeights
+
+
+def code_layer_alone(experts: ExpertWeights, tokens: LoggedTokens, codes: LayerCodes) -> CompressedLayer:
+    """A layer's experts coded at their widths, each with the moments of its own tokens, and the bits it all takes."""
+    intermediate_size, hidden_size = experts.gate[0].shape
+    coded = experts.copy()
+    num_bytes = 0
+    for expert, widths in enumerate(zip(codes.w13_bits, codes.w2_bits, strict=True)):
+        made = code_expert(experts, expert, widths, tokens.statistics(experts, expert), None)
+        coded.put(expert, made.matrices())
+        num_bytes += CodedShape.of_w13(hidden_size, intermediate_size, widths[0]).num_bytes
+        num_bytes += CodedShape.of_w2(hidden_size, intermediate_size, widths[1]).num_bytes
+    num_weights = 3 * hidden_size * intermediate_size * experts.num_experts
+    return CompressedLayer(coded, bits=8 * num_bytes / num_weights)
+
+
+def _even(width: int) -> Method:
+    def method(experts: ExpertWeights, tokens: LoggedTokens, _: random.Random) -> CompressedLayer:
+        return code_layer_alone(experts, tokens, LayerCodes.even(0, experts.num_experts, width))
+
+    return method
+
+
+EVEN_CODES = {
+    width: Peer(f"codes, {width / 2:g} bits, layer by layer", None, _even(width), "docs/quality.md")
+    for width in CODE_BITS
+}
+"""Codes of one width everywhere, by that width."""
+
+
+@torch.inference_mode()
+def code_alone(
+    sources: Mapping[int, ExpertWeights], logged: Mapping[int, LoggedTokens], layers: Mapping[int, LayerCodes]
+) -> dict[int, CompressedLayer]:
+    """Every layer at the widths of `layers`."""
+    return {layer: code_layer_alone(sources[layer], logged[layer], codes) for layer, codes in layers.items()}
