@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.codes import EVEN_CODES
 from benchmarks.quality.methods import PACKED, Cost, apply_packed, calibrate, compress_by_peer
 from benchmarks.quality.model import QualityModel
 from benchmarks.quality.peers import PEERS, LoggedTokens
@@ -110,7 +111,7 @@ def measure(
     for row in PACKED:
         if measurement.wants(row.method):
             measurement.add(row.method, apply_packed(model, row, calibration, settings.sequences, SEED))
-    for peer in PEERS.values():
+    for peer in (*EVEN_CODES.values(), *PEERS.values()):
         if measurement.wants(peer.name):
             compressed = compress_by_peer(model, peer, measurement.token_ids, measurement.logged, SEED)
             compressed.apply(model)
