@@ -7,9 +7,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMPILED := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so vllm_puzzle/offline/merging/libpuzzlemoe_packing.so
-SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/offline/merging/packing.cpp vllm_puzzle/kernels/cpu/build.py \
-	vllm_puzzle/format/layout.py
+COMPILED := vllm_puzzle/kernels/cpu/libpuzzlemoe_cpu.so vllm_puzzle/offline/merging/libpuzzlemoe_packing.so \
+	vllm_puzzle/offline/coding/libpuzzlemoe_coding.so
+SOURCES := $(wildcard vllm_puzzle/kernels/cpu/csrc/*) vllm_puzzle/offline/merging/packing.cpp \
+	vllm_puzzle/offline/coding/coding.cpp vllm_puzzle/kernels/cpu/build.py vllm_puzzle/format/layout.py
 
 # Where pip finds torch's CPU wheels (2.13.0+cpu). Empty, pip's own configuration must know a place. Elsewhere, give the
 # index that PyTorch's "Get started" page shows for the platform CPU:

@@ -81,27 +81,40 @@ def compensate(weights: torch.Tensor, table: Table, moments: Moments) -> tuple[t
     return codes, wanted
 
 
-def descend(codes: torch.Tensor, weights: torch.Tensor, table: Table, moments: Moments) -> torch.Tensor:
-    """One sweep of coordinate descent: each code is chosen again, given all others.
+class Descent:
+    """Coordinate descent on the codes of a matrix: each is chosen again, given all others.
 
     Args:
-        codes, weights: in the order of `moments`.
+        codes, weights: in the order of `moments`; `codes` is changed.
 
-    Returns:
-        Codes whose error is not larger.
+    Attributes:
+        decoded: what `codes` stand for, float32 (2, rows, columns).
+        read: `decoded` times the moments.
     """
-    descend_block = compiled.descend_block if _is_compiled_for(weights) else loops.descend_block
-    codes = codes.clone()
-    # What an error in each weight adds to the output's, given the errors in all others.
-    pull = (weights - table.decoded(codes)) @ moments.damped
-    num_columns = weights.shape[2]
-    for start in range(0, num_columns, _BLOCK):
-        stop = min(start + _BLOCK, num_columns)
-        corner = moments.damped[start:stop, start:stop]
-        moved = descend_block(pull[:, :, start:stop], table, corner, codes[:, start:stop])
-        if stop < num_columns:
-            pull[:, :, stop:] += moved @ moments.damped[start:stop, stop:]
-    return codes
+
+    def __init__(self, codes: torch.Tensor, weights: torch.Tensor, table: Table, moments: Moments) -> None:
+        self.codes = codes
+        self.decoded = table.decoded(codes)
+        self.read = self.decoded @ moments.damped
+        self._wanted = weights @ moments.damped
+        self._moments = moments.damped
+
+    def sweep(self, table: Table) -> None:
+        """Goes once through the columns; the error does not grow."""
+        descend_block = compiled.descend_block if _is_compiled_for(self.read) else loops.descend_block
+        for start in range(0, self.codes.shape[1], _BLOCK):
+            block = slice(start, start + _BLOCK)
+            pull = self._wanted[:, :, block] - self.read[:, :, block]
+            codes = self.codes[:, block].contiguous()
+            moved = descend_block(pull, table, self._moments[block, block], codes)
+            self.codes[:, block] = codes
+            self.read.baddbmm_(moved, self._moments[block].expand(2, -1, -1), alpha=-1)
+        self.decoded = table.decoded(self.codes)
+
+    def rescale(self, ratios: torch.Tensor) -> None:
+        """Follows a change of the scales, float32 (2, rows), of new ones to old."""
+        self.decoded *= ratios[..., None]
+        self.read *= ratios[..., None]
 
 
 def _is_compiled_for(weights: torch.Tensor) -> bool:

@@ -8,14 +8,13 @@ import torch
 
 from vllm_puzzle.format import decode
 
-from .columns import Moments, Table, compensate, descend, nearest_codes
+from .columns import Descent, Moments, compensate, nearest_codes
 from .points import fit_points, universal_points
+from .table import Table
 
 _FIT_ITERATIONS, _REFIT_ITERATIONS = 8, 3
-# Values that points are fitted to, for each point.
-_SAMPLES_PER_POINT = 256
 _SCALE_ROUNDS = 2
-_SWEEPS = 2
+_SWEEPS = 3
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -44,8 +43,8 @@ def code_matrix(weights: torch.Tensor, moments: torch.Tensor, costs: torch.Tenso
     """Codes a matrix so that its output changes little.
 
     Minimizes `sum costs[h, r] d[h, r] H d[h, r]^T` over the errors d of every half and row, greedily: columns in
-    descending order of their moments, errors pushed into those to come (as GPTQ, arXiv 2210.17323), points fitted anew
-    to what was then wanted, once more, and sweeps of coordinate descent.
+    descending order of their moments, errors pushed into those to come (as GPTQ, arXiv 2210.17323), and once more with
+    points fitted to what was wanted of each column; then sweeps of coordinate descent, and scales by least squares.
 
     Args:
         weights: float32 (2, rows, columns).
@@ -59,11 +58,13 @@ def code_matrix(weights: torch.Tensor, moments: torch.Tensor, costs: torch.Tenso
     full = Moments.of(moments)
     ordered = weights[:, :, full.order].contiguous()
     matrix = _Fit.start(ordered, full.costs, costs, bits)
-    codes, wanted = compensate(ordered, matrix.table, full)
-    matrix.fit(wanted, _REFIT_ITERATIONS)
+    _, wanted = compensate(ordered, matrix.table, full)
+    matrix.fit_points(wanted, _REFIT_ITERATIONS)
     codes, _ = compensate(ordered, matrix.table, full)
+    descent = Descent(codes, ordered, matrix.table, full)
     for _ in range(_SWEEPS):
-        codes = descend(codes, ordered, matrix.table, full)
+        descent.sweep(matrix.table)
+        descent.rescale(matrix.fit_scales(descent.decoded, descent.read))
     result = torch.empty_like(codes)
     result[:, full.order] = codes
     return matrix.coded(result)
@@ -87,7 +88,6 @@ class _Fit:
         self._weights = weights
         self._column_costs = column_costs
         self._row_costs = row_costs
-        self._generator = torch.Generator().manual_seed(bits)
         self._points = universal_points(bits, weights.device)
         total = column_costs.sum().clamp(min=_TINY)
         self._scales = ((weights.square() @ column_costs) / total).sqrt().bfloat16().float()
@@ -96,35 +96,34 @@ class _Fit:
     def start(cls, weights: torch.Tensor, column_costs: torch.Tensor, row_costs: torch.Tensor, bits: int) -> _Fit:
         """With points fitted to the weights, and scales to both."""
         fit = cls(weights, column_costs, row_costs, bits)
-        fit.fit(weights, _FIT_ITERATIONS)
+        fit.fit_points(weights, _FIT_ITERATIONS)
         for _ in range(_SCALE_ROUNDS):
-            fit._fit_scales()
+            decoded = fit.table.decoded(nearest_codes(weights, fit.table))
+            fit.fit_scales(decoded, decoded * column_costs)
         return fit
 
     @property
     def table(self) -> Table:
         return Table.of(self._points, self._scales, self._row_costs)
 
-    def fit(self, wanted: torch.Tensor, iterations: int) -> None:
-        """Fits the points to a sample of what the weights should become, float32 (2, rows, columns)."""
-        _, num_rows, num_columns = wanted.shape
-        count = min(num_rows * num_columns, _SAMPLES_PER_POINT << self._bits)
-        sample = torch.randint(num_rows * num_columns, (count,), generator=self._generator).to(wanted.device)
-        rows = sample // num_columns
-        scales = self._scales[:, rows]
-        values = wanted.flatten(1)[:, sample] / torch.where(scales > 0, scales, 1)
-        costs = self._column_costs[sample % num_columns] * self._row_costs[:, rows] * scales.square()
-        costs = costs / costs.mean().clamp(min=_TINY)
-        self._points = fit_points(self._points, values.T, costs.T, iterations).bfloat16().float()
+    def fit_points(self, wanted: torch.Tensor, iterations: int) -> None:
+        """Fits the points to what the weights should become, float32 (2, rows, columns)."""
+        points = fit_points(self._points, wanted, self._scales, self._column_costs, self._row_costs, iterations)
+        self._points = points.bfloat16().float()
 
-    def _fit_scales(self) -> None:
-        """The scales by weighted least squares, given each weight's nearest point."""
-        codes = nearest_codes(self._weights, self.table)
-        points = self._points[codes.int()].permute(2, 0, 1)
-        norms = points.square() @ self._column_costs
-        fitted = (points * self._weights) @ self._column_costs / norms.clamp(min=_TINY)
+    def fit_scales(self, decoded: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """The scales by least squares, given what codes stand for, and that times the moments of what they read.
+
+        Returns:
+            The ratios of the new scales to the old ones, float32 (2, rows).
+        """
+        norms = (read * decoded).sum(dim=2)
+        ratios = (read * self._weights).sum(dim=2) / norms.clamp(min=_TINY)
         # A scale is a magnitude, and a row whose weights all went to zero keeps its own.
-        self._scales = torch.where((norms > 0) & (fitted > 0), fitted, self._scales).bfloat16().float()
+        fitted = torch.where((norms > 0) & (ratios > 0), self._scales * ratios, self._scales).bfloat16().float()
+        ratios = torch.where(self._scales > 0, fitted / self._scales, 1)
+        self._scales = fitted
+        return ratios
 
     def coded(self, codes: torch.Tensor) -> CodedMatrix:
         return CodedMatrix(self._bits, codes, self._points.bfloat16(), self._scales.bfloat16())
