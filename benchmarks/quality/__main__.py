@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from benchmarks.quality.measure import CONTINUATION_LENGTH, PROMPT_LENGTH, SEED, SEQUENCE_LENGTH, Settings, measure
-from benchmarks.quality.plot import plot
+from benchmarks.quality.plot import FIGURES, plot
 from benchmarks.reference_model.build import Variant, build
 from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, read_text
 from vllm_puzzle.offline.errors import CheckpointError
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", required=True, help="where the rows go")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of them, .svg or .png")
+    parser.add_argument("--figure", choices=FIGURES, default="perplexity", help="of the picture (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path(".cache/quality"), help="keeps the models (%(default)s)")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="keeps the wheels (%(default)s)")
     parser.add_argument("--models", nargs="+", choices=get_args(Variant), default=get_args(Variant))
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         content = {kind: [row for tables in results for row in getattr(tables, kind)] for kind in kinds}
         args.json.write_text(json.dumps({"setup": setup, **content}, indent=1) + "\n", encoding="utf-8")
         if args.plot is not None:
-            plot(content["rows"], args.plot, f"{text}; 135M parameters")
+            plot(content["rows"], args.plot, f"{text}; 135M parameters", args.figure)
     except (ReferenceModelError, CheckpointError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     print(f"{len(content['rows'])} rows in {(time.perf_counter() - start) / 60:.0f} minutes", file=sys.stderr)

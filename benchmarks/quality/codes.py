@@ -43,8 +43,21 @@ EVEN_CODES = {
 
 
 @torch.inference_mode()
-def code_alone(
-    sources: Mapping[int, ExpertWeights], logged: Mapping[int, LoggedTokens], layers: Mapping[int, LayerCodes]
+def spend_alone(
+    model: QualityModel, logged: Mapping[int, LoggedTokens], bits: float, by_expert: bool
 ) -> dict[int, CompressedLayer]:
-    """Every layer at the widths of `layers`."""
-    return {layer: code_layer_alone(sources[layer], logged[layer], codes) for layer, codes in layers.items()}
+    """Codes of widths that the converter's budget of `bits` a weight gives to layers, or to experts."""
+    losses = {
+        layer: [
+            estimate_coding_losses(
+                model.source(layer),
+                expert,
+                tokens.statistics(model.source(layer), expert),
+                LayerTokens(tokens, tokens.energy),
+            )
+            for expert in range(model.shape.num_experts)
+        ]
+        for layer, tokens in logged.items()
+    }
+    layers = spend_bits(losses, bits, sizes, even=not by_expert)
+    return {layer: code_layer_alone(model.source(layer), logged[layer], codes) for layer, codes in layers.items()}

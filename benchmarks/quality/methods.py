@@ -4,7 +4,7 @@ import random
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,8 +79,8 @@ def calibrate(model: QualityModel, token_ids: torch.Tensor) -> dict[int, LoggedT
         logged[layer] = tokens
         return model.source(layer)
 
-    model.visit(token_ids, log)
-    return logged
+    energies = model.visit(token_ids, log)
+    return {layer: replace(tokens, energy=energies[layer]) for layer, tokens in logged.items()}
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts, layer_
 from vllm_puzzle.offline.checkpoints.families import find_moe_shape
 from vllm_puzzle.offline.checkpoints.packed import PackedCheckpoint
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
+from vllm_puzzle.offline.conversion.calibration import HiddenStates
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 
@@ -113,10 +114,13 @@ class QualityModel:
         block.gate.dropped = sorted(dropped)
 
     @torch.inference_mode()
-    def visit(self, token_ids: torch.Tensor, visitor: Visitor) -> None:
+    def visit(self, token_ids: torch.Tensor, visitor: Visitor) -> dict[int, float]:
         """Carries tokens, int64 (num_sequences, sequence_length), through the model, all of them layer by layer.
 
         `visitor` is given what enters the experts of each MoE layer, and gives the experts to go on with.
+
+        Returns:
+            `HiddenStates.energy` behind each MoE layer.
         """
         blocks = {layer: self.causal.model.layers[layer].mlp for layer in self.shape.moe_layers}
 
@@ -125,13 +129,22 @@ class QualityModel:
             tokens = LoggedTokens(routed.hidden, routed.topk_ids, routed.topk_weights, logits)
             return in_float32(in_bfloat16(visitor(layer, tokens)))
 
+        energies: dict[int, float] = {}
+
+        def weigh(layer: int, _module: nn.Module, _arguments: Any, states: torch.Tensor) -> None:
+            energies[layer] = HiddenStates(states).energy()
+
+        hooks = []
         for layer, block in blocks.items():
             block.experts.visitor = partial(call, layer)
+            hooks.append(self.causal.model.layers[layer].register_forward_hook(partial(weigh, layer)))
         try:
             self.causal.model(token_ids, use_cache=False)
         finally:
-            for block in blocks.values():
+            for block, hook in zip(blocks.values(), hooks, strict=True):
                 block.experts.visitor = None
+                hook.remove()
+        return energies
 
     @property
     def drops_experts(self) -> bool:

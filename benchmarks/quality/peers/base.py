@@ -27,9 +27,13 @@ class CompressedLayer:
 
 @dataclass(frozen=True)
 class LoggedTokens(RoutedTokens):
-    """With what the router said of every expert: `router_logits` is (num_tokens, num_experts), float32."""
+    """With what the router said of every expert: `router_logits` is (num_tokens, num_experts), float32.
+
+    `energy` is what a squared error of the layer's output, summed over tokens, is compared with across layers.
+    """
 
     router_logits: torch.Tensor
+    energy: float = 1.0
     _statistics: dict[int, ExpertStatistics] = field(default_factory=dict)
 
     def statistics(self, experts: ExpertWeights, expert: int) -> ExpertStatistics:
