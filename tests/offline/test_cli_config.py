@@ -29,7 +29,7 @@ def test_a_file_says_what_the_command_line_does_not(source: Path, tmp_path: Path
         ("rule: magic", "invalid choice: 'magic'"),
         ("rules: paper", "options.yaml: there is no option rules; did you mean rule?"),
         ("calibraton_sequences: 5", "no option calibraton_sequences; did you mean calibration-sequences?"),
-        ("xyz: 5", "no option xyz; known are align, calibration, "),
+        ("xyz: 5", "no option xyz; known are align, bits, "),
         ("no-align: true", "no option no-align; did you mean align?"),
         ("config: other.yaml", "no option config"),
         ("help: true", "no option help"),

@@ -16,6 +16,7 @@ from vllm_puzzle.offline.checkpoints.dense import build_model
 from vllm_puzzle.offline.checkpoints.expert_tensors import check_experts
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 from vllm_puzzle.offline.conversion.calibration import Calibrator
+from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.reports.model_sizes import read_model_sizes
 from vllm_puzzle.offline.reports.sizing import size_model
@@ -25,7 +26,7 @@ def read(path: Path) -> None:
     """All that converting, verifying and planning make of a config, without the tensors."""
     checkpoint = SourceCheckpoint(path)
     check_experts(checkpoint, checkpoint.shape)
-    size_model(read_model_sizes(str(path)), 50, None, 0.9, SPEED)
+    size_model(read_model_sizes(str(path)), ConvertOptions(), None, 0.9, SPEED)
     token_ids = torch.ones(1, 4, dtype=torch.long)
     Calibrator(checkpoint, build_model(checkpoint.config, "config.json"), token_ids, torch.device("cpu")).embed()
 

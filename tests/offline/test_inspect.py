@@ -114,7 +114,8 @@ def test_counts_are_those_of_decoded_tensors(
 def test_provenance_is_that_of_the_config(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
     inspection = inspected(capsys, packed)
-    assert inspection.provenance.model_dump() == config["provenance"]
+    # Version 1 does not write what is said of codes.
+    assert inspection.provenance.model_dump(exclude={"bits", "even"}) == config["provenance"]
     for field in ("format_version", "bits", "num_experts", "hidden_size", "intermediate_size", "max_expert_parallel"):
         assert getattr(inspection, field) == config[field]
     assert main(["inspect", str(packed)]) == 0

@@ -8,8 +8,11 @@ import pytest
 from tests.tiny import build_tiny
 from vllm_puzzle.offline.checkpoints.families import FAMILIES, MoEShape
 from vllm_puzzle.offline.conversion.convert import convert
-from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, choose_recipe, estimate_conversion
+from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, choose_method
+from vllm_puzzle.offline.conversion.methods import open_methods
 from vllm_puzzle.offline.conversion.options import ConvertOptions
+from vllm_puzzle.offline.conversion.pair_estimate import estimate_merging
+from vllm_puzzle.offline.conversion.pairing import PairBudget
 from vllm_puzzle.offline.conversion.work import Work
 from vllm_puzzle.offline.errors import CheckpointError
 from vllm_puzzle.offline.merging import rules
@@ -83,7 +86,8 @@ def test_only_a_choice_takes_estimates(recipe: Recipe, all_paired: bool, chooses
 # Two billion weights: an hour a billion is 7200 seconds.
 LONG, SHORT = Estimate(7300.0, 1, 2 * 10**9), Estimate(7100.0, 1, 2 * 10**9)
 TINY = Estimate(800.0, 1, 10**6)
-RECIPES = ConvertOptions(calibration=TEXT).recipes()
+SHAPE = MoEShape(FAMILIES["MixtralForCausalLM"], 64, 2048, 1024, 16, tuple(range(16)))
+METHODS = open_methods(ConvertOptions(calibration=TEXT), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -98,22 +102,25 @@ RECIPES = ConvertOptions(calibration=TEXT).recipes()
     ],
 )
 def test_the_best_recipe_in_reasonable_time_is_taken(estimates: list[Estimate], chosen: int) -> None:
-    assert choose_recipe(list(zip(RECIPES, estimates, strict=True))) == (RECIPES[chosen], estimates[chosen])
+    assert choose_method(list(zip(METHODS, estimates, strict=True))) == (METHODS[chosen], estimates[chosen])
 
 
 def test_better_recipes_are_estimated_to_cost_more() -> None:
-    shape = MoEShape(FAMILIES["MixtralForCausalLM"], 64, 2048, 1024, 16, tuple(range(16)))
-    work = Work(shape, pairs=512, all_paired=True, num_tokens=1 << 18, top_k=8, layer_bytes=10**9, dense_weights=10**9)
+    work = Work(SHAPE, num_tokens=1 << 18, top_k=8, layer_bytes=10**9, dense_weights=10**9)
     speed = Speed(products=1e11, elements=1e9)
-    estimates = [estimate_conversion(recipe, work, speed) for recipe in [*RECIPES, Recipe(rules.PAPER)]]
+    recipes = [*ConvertOptions(calibration=TEXT).recipes(), Recipe(rules.PAPER)]
+    all_paired = PairBudget(max_expert_parallel=8, per_layer=32, total=512, all_paired=True)
+    estimates = [estimate_merging(recipe, all_paired, work, speed) for recipe in recipes]
     assert estimates[0].seconds > estimates[1].seconds > estimates[3].seconds > estimates[4].seconds
     assert estimates[0].seconds > estimates[2].seconds > estimates[3].seconds
     assert {each.expert_weights for each in estimates} == {64 * 16 * 3 * 2048 * 1024}
     assert all(each.num_bytes >= 2 * work.layer_bytes for each in estimates)
     # Half as much of everything that is measured takes half as long on a device that is twice as fast.
-    twice = estimate_conversion(RECIPES[3], work, Speed(products=2e11, elements=2e9))
+    twice = estimate_merging(recipes[3], all_paired, work, Speed(products=2e11, elements=2e9))
     assert twice.seconds == pytest.approx(estimates[3].seconds / 2)
-    fewer = estimate_conversion(RECIPES[0], replace(work, num_tokens=work.num_tokens // 2, pairs=256), speed)
+    fewer = estimate_merging(
+        recipes[0], replace(all_paired, total=256), replace(work, num_tokens=work.num_tokens // 2), speed
+    )
     assert fewer.seconds < estimates[0].seconds
     assert fewer.num_bytes < estimates[0].num_bytes
     assert (

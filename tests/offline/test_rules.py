@@ -45,9 +45,3 @@ def test_rules_are_found_by_their_names() -> None:
     assert set(BEST_FIRST) <= set(RULES.values())
     # Without calibration and in parallel something must be left to choose.
     assert any(not (rule.needs_tokens or rule.sequential) for rule in BEST_FIRST)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_recipe_is_read_back_from_json(rule: str) -> None:
-    recipe = Recipe(RULES[rule], align=RULES[rule].can_align, pairing="loss", tau=0.25)
-    assert Recipe.from_json(recipe.to_json()) == recipe

@@ -18,7 +18,7 @@ from tests.offline.planning import SPEED, planned
 from tests.tiny import FAMILIES, HIDDEN_SIZE, build_tiny, by_expert
 from vllm_puzzle.cli import main
 from vllm_puzzle.offline.checkpoints.families import find_moe_shape
-from vllm_puzzle.offline.conversion.pairing import budget_pairs
+from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.reports.model_sizes import ModelSizes, read_model_sizes
 from vllm_puzzle.offline.reports.sizing import CARDS_MIB, can_split, kv_bytes_per_token, size_model, work_of
 from vllm_puzzle.offline.reports.sizing_report import describe_sizing
@@ -50,7 +50,7 @@ def mixtral_8x7b() -> ModelSizes:
 
 
 def test_mixtral_by_hand() -> None:
-    sizing = size_model(mixtral_8x7b(), 50, None, 0.9, SPEED)
+    sizing = size_model(mixtral_8x7b(), ConvertOptions(), None, 0.9, SPEED)
     assert sizing.expert_bytes_before == 90_194_313_216 == 2 * sizing.expert_bytes_after
     assert sizing.total_bytes_after == 93_405_585_408 - 45_097_156_608
     # 32 layers, keys and values, 8 heads of 128, 2 bytes.
@@ -79,7 +79,9 @@ def test_mixtral_by_hand() -> None:
 def test_the_longest_sequence_must_fit_and_memory_is_what_vllm_may_use() -> None:
     def cards(context: int, utilization: float) -> int | None:
         (card,) = (
-            each for each in size_model(mixtral_8x7b(), 50, context, utilization, SPEED).cards if each.card == "L40S"
+            each
+            for each in size_model(mixtral_8x7b(), ConvertOptions(), context, utilization, SPEED).cards
+            if each.card == "L40S"
         )
         return card.after and card.after.cards
 
@@ -129,7 +131,7 @@ def test_what_ranks_can_be_split_over(
 def test_a_model_that_fits_nowhere_says_so() -> None:
     sizes = mixtral_8x7b()
     huge = replace(sizes, other_bytes=10**14, plain_other_bytes=10**14)
-    sizing = size_model(huge, 50, None, 0.9, SPEED)
+    sizing = size_model(huge, ConvertOptions(), None, 0.9, SPEED)
     assert all(each.before is None and each.after is None for each in sizing.cards)
     rows = [line for line in describe_sizing(sizing).splitlines() if line.startswith(tuple(CARDS_MIB))]
     assert [re.split(r" {2,}", row)[2:] for row in rows] == [["-", "-"]] * len(CARDS_MIB)
@@ -178,7 +180,6 @@ def test_converting_is_expected_to_take_what_the_converter_says(
 def test_what_is_dense_is_what_lies_in_layers(family: str, tmp_path: Path) -> None:
     source = build_tiny(family, tmp_path / "source")
     sizes = read_model_sizes(str(source))
-    budget = budget_pairs(sizes.shape.num_experts, len(sizes.shape.moe_layers), 50)
     dense = sum(
         math.prod(tensor.shape)
         for name, tensor in by_expert(read_all(source)).items()
@@ -186,7 +187,7 @@ def test_what_is_dense_is_what_lies_in_layers(family: str, tmp_path: Path) -> No
     )
     # The norm after the last layer is counted with them, and what the family has beside layers and embeddings.
     for calibrated in (False, True):
-        work = work_of(sizes, budget, calibrated)
+        work = work_of(sizes, calibrated)
         assert work.dense_weights == pytest.approx(dense + HIDDEN_SIZE, rel=0.02)
 
 

@@ -8,6 +8,7 @@ from vllm_puzzle.cli.config_file import add_config
 from vllm_puzzle.cli.output import add_json, progress_bar, say, tell
 from vllm_puzzle.cli.paths import given_path, given_text
 from vllm_puzzle.offline.defaults import (
+    CODE_RULE,
     DEFAULT_COMPRESSION,
     DEFAULT_DEVICE,
     DEFAULT_JOBS,
@@ -25,7 +26,8 @@ from vllm_puzzle.offline.wording import size
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Packs the experts of a Mixture-of-Experts checkpoint in pairs. The two experts of a pair are called mates."
+        "Packs the experts of a Mixture-of-Experts checkpoint in pairs, whose two experts are called mates, or with "
+        "--bits as codes of 2 to 4 bits a weight."
     )
     parser.add_argument(
         "source", type=given_path, metavar="SOURCE", help="folder of a Hugging Face checkpoint (safetensors)"
@@ -34,6 +36,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser)
     _add_merging(parser)
     _add_pairing(parser)
+    _add_codes(parser)
     _add_running(parser)
     add_config(parser)
     add_json(parser, path="destination")
@@ -60,9 +63,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 def _add_merging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule",
-        choices=RULES,
+        choices=[*RULES, CODE_RULE],
         help="how mates are merged (default: compensated where the machine takes at most an hour per billion weights, "
-        "saliency elsewhere and without calibration)",
+        f"saliency elsewhere and without calibration; {CODE_RULE} with --bits)",
     )
     parser.add_argument(
         "--align",
@@ -81,17 +84,16 @@ def _add_merging(parser: argparse.ArgumentParser) -> None:
 def _add_pairing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairing",
-        default=DEFAULT_PAIRING,
         choices=PAIRINGS,
-        help="mates drawn at random, of least estimated loss, or that fire on the same tokens (default: %(default)s)",
+        help="mates drawn at random, of least estimated loss, or that fire on the same tokens "
+        f"(default: {DEFAULT_PAIRING})",
     )
     parser.add_argument(
         "--compression",
         type=float,
-        default=DEFAULT_COMPRESSION,
         metavar="PERCENT",
         help="how much smaller the experts become, 0 to 50, spent where it is estimated to cost least "
-        "(default: %(default)g)",
+        f"(default: {DEFAULT_COMPRESSION:g})",
     )
     parser.add_argument(
         "--max-expert-parallel",
@@ -102,6 +104,22 @@ def _add_pairing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed", type=int, default=DEFAULT_SEED, help="seed of the random pairing (default: %(default)s)"
+    )
+
+
+def _add_codes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bits",
+        type=float,
+        metavar="B",
+        help="make codes of B bits a weight, 2 to 4, in place of pairs: a budget that is spent where it is estimated "
+        "to gain most, unless B is 2, 2.5, 3 or 4 and there is --even or no calibration text",
+    )
+    parser.add_argument(
+        "--even",
+        action="store_true",
+        help="with --bits: codes of one width for all experts of a layer, as expert-parallel load balancing needs "
+        "them, and of all layers where B is 2, 2.5, 3 or 4",
     )
 
 
@@ -153,6 +171,8 @@ def convert(arguments: argparse.Namespace) -> None:
         align=arguments.align,
         pairing=arguments.pairing,
         compression=arguments.compression,
+        bits=arguments.bits,
+        even=arguments.even,
         max_expert_parallel=arguments.max_expert_parallel,
         seed=arguments.seed,
         device=arguments.device,
@@ -167,7 +187,7 @@ def convert(arguments: argparse.Namespace) -> None:
         asdict(result),
         f"{arguments.destination}: experts {size(result.expert_bytes_before)} -> {size(result.expert_bytes_after)}, "
         f"checkpoint {size(result.checkpoint_bytes_before)} -> {size(result.checkpoint_bytes_after)}, "
-        f"relative error of merged weights {result.relative_error:.4f}",
+        f"relative error of {'merged' if arguments.bits is None else 'coded'} weights {result.relative_error:.4f}",
     )
 
 

@@ -40,10 +40,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compression",
         type=float,
-        default=DEFAULT_COMPRESSION,
         metavar="PERCENT",
-        help="the --compression of convert (default: %(default)g)",
+        help=f"the --compression of convert (default: {DEFAULT_COMPRESSION:g})",
     )
+    parser.add_argument("--bits", type=float, metavar="B", help="the --bits of convert, in place of pairs")
     parser.add_argument(
         "--context",
         type=int,
@@ -64,13 +64,14 @@ def plan(arguments: argparse.Namespace) -> None:
     import torch
 
     from vllm_puzzle.offline.conversion.estimate import Speed
+    from vllm_puzzle.offline.conversion.options import ConvertOptions
     from vllm_puzzle.offline.reports.model_sizes import read_model_sizes
     from vllm_puzzle.offline.reports.sizing import size_model
     from vllm_puzzle.offline.reports.sizing_report import describe_sizing
 
     sizing = size_model(
         read_model_sizes(arguments.model),
-        arguments.compression,
+        ConvertOptions(compression=arguments.compression, bits=arguments.bits),
         arguments.context,
         arguments.gpu_memory_utilization,
         Speed.measure(torch.device("cpu")),

@@ -12,6 +12,9 @@ DEFAULT_PAIRING = "random"
 # Percent of the routed experts' bytes that packing saves.
 DEFAULT_COMPRESSION = 50.0
 
+# How codes are made, which `--bits` asks for; the rules for pairs are in `merging.rules`.
+CODE_RULE = "codebook"
+
 DEFAULT_SEED = 0
 DEFAULT_DEVICE = "cpu"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_puzzle.format import plain_config, unpack
+from vllm_puzzle.format import plain_config
 
 from .checkpoints.destination import check_destination, check_room, new_checkpoint
-from .checkpoints.expert_tensors import fuse_experts
+from .checkpoints.expert_tensors import expected_experts, fuse_experts
 from .checkpoints.packed import PackedCheckpoint
 from .checkpoints.shards import ShardWriter, TensorLayout, lay_out_shards
 from .conversion.job import names_by_layer
@@ -29,8 +29,8 @@ class UnpackResult:
 def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> UnpackResult:
     """Writes `destination`: the packed checkpoint `source` with every expert's matrices in BF16.
 
-    Tensors have the layout of the family's checkpoints on the hub. One matrix is in memory at a time, or one layer
-    where that layout has its experts in three-dimensional tensors.
+    Tensors have the layout of the family's checkpoints on the hub. One matrix is in memory at a time, or gate and up
+    where they are coded together, or one layer where that layout has its experts in three-dimensional tensors.
 
     Raises:
         CheckpointError: the source is not a whole packed checkpoint, or the destination is at fault.
@@ -56,45 +56,41 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> Un
 
 
 def _is_fused(packed: PackedCheckpoint, layer: int | None) -> bool:
-    return packed.shape.family.hub_is_fused and layer in packed.shape.moe_layers
+    is_moe = layer in packed.shape.moe_layers and layer not in packed.quantization.plain_layers
+    return packed.shape.family.hub_is_fused and is_moe
 
 
 def _lay_out(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[TensorLayout]:
     """A layer's tensors in the order of `_tensors`."""
-    if not _is_fused(packed, layer):
-        for name in names:
-            info = packed.checkpoint.tensors[name]
-            members = packed.members(name)
-            if members is None:
-                yield TensorLayout.copy_of(name, info)
-            else:
-                for expert_name in members:
-                    yield TensorLayout(expert_name, "BF16", info.shape, info.num_bytes)
-        return
+    matrices, is_fused = expected_experts(packed.shape), _is_fused(packed, layer)
     for name in names:
-        if packed.members(name) is None:
+        members = packed.members(name)
+        if members is None:
             yield TensorLayout.copy_of(name, packed.checkpoint.tensors[name])
+        elif not is_fused:
+            yield from (_in_bf16(expert_name, matrices[expert_name]) for expert_name in members)
+    if not is_fused:
+        return
     assert layer is not None
     shape, fused = packed.shape, packed.shape.family.fused[0]
     sizes = fused.shapes(shape.num_experts, shape.hidden_size, shape.intermediate_size)
     for name, size in zip((fused.gate_up, fused.down), sizes, strict=True):
-        yield TensorLayout(shape.block_prefix(layer) + name, "BF16", size, 2 * math.prod(size))
+        yield _in_bf16(shape.block_prefix(layer) + name, size)
+
+
+def _in_bf16(name: str, size: tuple[int, ...]) -> TensorLayout:
+    return TensorLayout(name, "BF16", size, 2 * math.prod(size))
 
 
 def _tensors(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     experts: dict[str, torch.Tensor] = {}
     for name in names:
-        tensor = packed.checkpoint.read([name])[name]
-        members = packed.members(name)
-        if members is None:
-            yield name, tensor
-            continue
-        for member, expert_name in enumerate(members):
-            matrix = unpack(tensor, member, packed.layout)
-            if _is_fused(packed, layer):
-                experts[expert_name] = matrix
-            else:
-                yield expert_name, matrix
+        if packed.members(name) is None:
+            yield name, packed.checkpoint.read([name])[name]
+        elif _is_fused(packed, layer):
+            experts |= packed.decode(name)
+        else:
+            yield from packed.decode(name).items()
     if layer is not None and experts:
         fuse_experts(packed.shape, layer, experts)
         yield from experts.items()

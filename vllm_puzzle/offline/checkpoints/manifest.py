@@ -1,9 +1,9 @@
-"""What a packed checkpoint says of how it was written: a checksum per shard, and what merging did to each layer."""
+"""What a packed checkpoint says of how it was written: a checksum per shard, and what converting did to each layer."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,7 +25,7 @@ class ShardEntry(Strict):
 
 
 class LayerEntry(Strict):
-    """One MoE layer; fractions and errors are over its merged pairs, as the model card explains them.
+    """One layer of pairs; fractions and errors are over its merged pairs, as the model card explains them.
 
     `estimated_loss` and `coactivation` are null where nothing was estimated, as without calibration.
     """
@@ -39,13 +39,34 @@ class LayerEntry(Strict):
     relative_error: float
 
 
-class Manifest(Strict):
-    """The content of MANIFEST_FILE."""
+class CodedLayerEntry(Strict):
+    """One layer of coded experts; `bits` of codes a weight, on average.
 
-    manifest_version: Literal[1] = 1
+    `estimated_loss`, relative to the squared residual stream, is null where it was not estimated. `relative_error` is
+    `||W' - W||^2 / ||W||^2` over all its weights.
+    """
+
+    layer: int = Field(ge=0)
+    bits: float
+    estimated_loss: float | None
+    relative_error: float
+
+
+class Manifest(Strict):
+    """The content of MANIFEST_FILE; `coded_layers` are only in version 2."""
+
+    manifest_version: Literal[1, 2] = 1
     tool_version: str
     shards: list[ShardEntry]
-    layers: list[LayerEntry]
+    layers: list[LayerEntry] = Field(default_factory=list)
+    coded_layers: list[CodedLayerEntry] = Field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content as it is written."""
+        content = self.model_dump()
+        if self.manifest_version == 1:
+            del content["coded_layers"]
+        return content
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers.activations import ACT2FN
 
 from vllm_puzzle.format import (
@@ -10,13 +11,15 @@ from vllm_puzzle.format import (
     PuzzleMoEQuantizationConfig,
     check_packed_names,
     is_packed,
-    parse_packed_name,
+    parse_expert_name,
+    unpack,
     word_layout,
 )
 
 from ..errors import CheckpointError
 from ..merging.layer import Activation
 from .checkpoint import Checkpoint
+from .coded import StoredMatrix, lay_out_coded, stored_matrix
 from .dense import build_model, check_dense
 from .families import MoEShape, find_moe_shape
 
@@ -54,6 +57,8 @@ class PackedCheckpoint:
             self.shape.experts_prefix(slots.layer): (slots, slots.slot_of_expert())
             for slots in self.quantization.layers
         }
+        self._coded = {self.shape.experts_prefix(codes.layer): codes for codes in self.quantization.coded_layers}
+        self._check_layers(where)
         self._check_tensors()
 
     def _check_sizes(self, where: Path) -> None:
@@ -66,12 +71,29 @@ class PackedCheckpoint:
                 f"of {packed[0]} of 3 x {packed[2]} x {packed[1]}; take the config.json that the converter wrote"
             )
 
+    def _check_layers(self, where: Path) -> None:
+        quantization = self.quantization
+        stated = {slots.layer for slots in quantization.layers} | set(quantization.plain_layers)
+        stated |= {codes.layer for codes in quantization.coded_layers}
+        if stated != set(self.shape.moe_layers):
+            raise CheckpointError(
+                f"{where} has experts in the layers {list(self.shape.moe_layers)}, its quantization_config lists "
+                f"{sorted(stated)}; take the config.json that the converter wrote"
+            )
+
     def _check_tensors(self) -> None:
+        coded = {
+            tensor.name: (tensor.dtype, tensor.shape)
+            for codes in self.quantization.coded_layers
+            for expert in range(codes.num_experts)
+            for tensor in lay_out_coded(self.shape, codes, expert)
+        }
         for name, info in self.checkpoint.tensors.items():
-            parsed = parse_packed_name(name)
+            parsed = parse_expert_name(name)
             if parsed is None:
                 continue
-            size, dtype = self.shape.projection_shape(parsed[2]), self.layout.safetensors_dtype
+            pair = (self.layout.safetensors_dtype, self.shape.projection_shape(parsed.projection))
+            dtype, size = coded.get(name, pair)
             if (info.shape, info.dtype) != (size, dtype):
                 raise CheckpointError(
                     f"{self.checkpoint.path / info.shard}: {name} is {info.dtype} {list(info.shape)}, the schema "
@@ -79,11 +101,31 @@ class PackedCheckpoint:
                 )
 
     def members(self, name: str) -> list[str] | None:
-        """The source names of the experts in a packed tensor, in member order; None for any other tensor."""
-        parsed = parse_packed_name(name)
+        """The source names of the matrices that a packed tensor stands for, in order; None for any other tensor.
+
+        Those of a slot are of its members; those of a codebook and of scales are told with the codes.
+        """
+        parsed = parse_expert_name(name)
         if parsed is None:
             return None
-        prefix, expert, projection = parsed
-        slots, slot_of_expert = self._slots[prefix]
-        code = int(slot_of_expert[expert])
-        return [self.shape.expert_name(slots.layer, member, projection) for member in slots.members(code // 2)]
+        if coded := self.coded(name):
+            return list(coded.sources) if name == coded.names[0] else []
+        slots, slot_of_expert = self._slots[parsed.prefix]
+        code = int(slot_of_expert[parsed.expert])
+        return [self.shape.expert_name(slots.layer, member, parsed.projection) for member in slots.members(code // 2)]
+
+    def coded(self, name: str) -> StoredMatrix | None:
+        """The coded matrix that a tensor is a part of, None for any other tensor."""
+        parsed = parse_expert_name(name)
+        codes = None if parsed is None else self._coded.get(parsed.prefix)
+        return None if parsed is None or codes is None else stored_matrix(self.shape, codes, parsed)
+
+    def decode(self, name: str) -> dict[str, torch.Tensor]:
+        """The matrices that a packed tensor stands for, bfloat16, by their source names; see `members`."""
+        names = self.members(name) or []
+        if names and (coded := self.coded(name)):
+            matrices = [matrix.bfloat16() for matrix in coded.decoded(self.checkpoint.read(coded.names))]
+        else:
+            words = self.checkpoint.read([name])[name] if names else torch.empty(0)
+            matrices = [unpack(words, member, self.layout) for member in range(len(names))]
+        return dict(zip(names, matrices, strict=True))

@@ -4,18 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import Calibration
+from vllm_puzzle.format import Calibration, FormatError, check_storable
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.expert_tensors import StoredExperts, layer_names
+from ..checkpoints.expert_tensors import StoredExperts, layer_experts, layer_names
 from ..checkpoints.families import MoEShape
 from ..checkpoints.source import SourceCheckpoint
-from ..merging.layer import Activation
-from ..merging.recipe import Recipe
+from ..errors import CheckpointError
+from ..merging.layer import Activation, ExpertWeights
 from ..progress import Progress
 from .calibration import Calibrator
+from .method import Method
 from .options import ConvertOptions
-from .pairing import PairBudget
 
 TensorNames = dict[int | None, list[str]]
 """The tensors of a checkpoint by decoder layer, None for those of no layer."""
@@ -25,7 +25,8 @@ TensorNames = dict[int | None, list[str]]
 class Setup:
     """A source that was checked, and what the options mean for it.
 
-    `activation` is the experts'; `calibration`, what is recorded of the text, and `calibrator` are None without a text.
+    `activation` is the experts'; `methods` are what the options leave open, the best one first; `calibration`, what is
+    recorded of the text, and `calibrator` are None without a text.
     """
 
     checkpoint: SourceCheckpoint
@@ -33,7 +34,7 @@ class Setup:
     activation: Activation
     device: torch.device
     options: ConvertOptions
-    budget: PairBudget
+    methods: tuple[Method, ...]
     calibration: Calibration | None
     calibrator: Calibrator | None
 
@@ -58,21 +59,34 @@ class Setup:
             return None
         return StoredExperts(self.checkpoint, self.shape, layer, self.activation, self.device)
 
+    def read_experts(self, layer: int) -> ExpertWeights | None:
+        """A layer's experts, all at once; None for a dense layer.
+
+        Raises:
+            CheckpointError: a tensor cannot be read, or has an element that cannot be stored.
+        """
+        if layer not in self.shape.moe_layers:
+            return None
+        names = layer_names(self.shape, layer)
+        tensors = self.checkpoint.read(name for matrices in names for name in matrices)
+        experts = layer_experts(self.shape, layer, tensors, self.activation, self.device)
+        try:
+            for expert, matrices in enumerate(names):
+                check_storable(experts.matrices(expert), matrices)
+        except FormatError as error:
+            raise CheckpointError(str(error)) from None
+        return experts
+
 
 @dataclass(frozen=True)
 class Job(Setup):
-    """One conversion: a setup, and how its experts are paired and merged."""
+    """One conversion: a setup, and how its experts become small."""
 
-    recipe: Recipe
+    method: Method
 
     @classmethod
-    def of(cls, setup: Setup, recipe: Recipe) -> "Job":
-        return cls(**vars(setup), recipe=recipe)
-
-    @property
-    def chooses_pairs(self) -> bool:
-        """Whether a pass over all decoder layers estimates what pairs lose, before the one that merges."""
-        return self.recipe.chooses(self.budget.all_paired)
+    def of(cls, setup: Setup, method: Method) -> "Job":
+        return cls(**vars(setup), method=method)
 
 
 class LayerProgress:
@@ -83,7 +97,7 @@ class LayerProgress:
         tensors = job.checkpoint.tensors
         self._sizes = {layer: sum(tensors[name].num_bytes for name in group) for layer, group in job.names.items()}
         self._total = job.checkpoint.num_bytes
-        if job.chooses_pairs:
+        if job.method.surveys:
             self._total += sum(self._sizes[layer] for layer in job.decoder_layers)
 
     def advance(self, layer: int | None) -> None:

@@ -21,7 +21,8 @@ def origin_of(setup: Setup) -> dict[str, Any]:
     checkpoint, options = setup.checkpoint, asdict(setup.options)
     chosen = {f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in _FREE}
     # Left open or given, it is the same.
-    chosen["--tau"] = setup.options.recipes()[0].tau
+    used = setup.methods[0].provenance()
+    chosen |= {f"--{name}": used.get(name) for name in ("tau", "pairing", "compression")}
     if setup.calibration is not None:
         chosen["--calibration"] = setup.calibration.sha256
     files: dict[str, Any] = {}

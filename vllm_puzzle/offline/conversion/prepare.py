@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from ..checkpoints.dense import build_model, check_dense
@@ -12,13 +11,13 @@ from ..checkpoints.destination import check_room
 from ..checkpoints.expert_tensors import check_experts
 from ..checkpoints.servable import check_servable
 from ..checkpoints.source import SourceCheckpoint
-from ..merging.packing import LIBRARY_PATH, is_compiled
 from ..progress import Report
 from .calibration import Calibrator
 from .calibration_text import CalibrationText, read_calibration_text
 from .job import Setup, names_by_layer
+from .method import Method
+from .methods import open_methods
 from .options import ConvertOptions
-from .pairing import budget_pairs
 
 
 def prepare(source: Path, new_destination: Path | None, options: ConvertOptions, report: Report) -> Setup:
@@ -37,38 +36,34 @@ def prepare(source: Path, new_destination: Path | None, options: ConvertOptions,
     model = build_model(config, source / "config.json")
     check_dense(checkpoint.shapes, model, shape, source, "download the checkpoint again")
     device = options.torch_device()
-    _report_uncompiled(device, report)
-    budget = budget_pairs(shape.num_experts, len(shape.moe_layers), options.compression, options.max_expert_parallel)
+    methods = open_methods(options, shape)
+    _report_uncompiled(methods[0], device, report)
     if new_destination is not None:
         check_room(new_destination, checkpoint.plain_bytes)
-    text = _read_text(checkpoint, config, options, report)
+    text = None
+    if options.calibration is None:
+        report(f"no calibration text was given: {methods[0].blind_notice}")
+    else:
+        text = read_calibration_text(options.calibration, checkpoint, config, options.calibration_sequences)
     return Setup(
         checkpoint,
         names_by_layer(checkpoint, shape),
         ACT2FN[config.hidden_act],
         device,
         options,
-        budget,
+        methods,
         None if text is None else text.record,
         None if text is None else _make_calibrator(checkpoint, model, text, device, report),
     )
 
 
-def _report_uncompiled(device: torch.device, report: Report) -> None:
-    if device.type == "cpu" and not is_compiled():
+def _report_uncompiled(method: Method, device: torch.device, report: Report) -> None:
+    missing = method.missing_library
+    if device.type == "cpu" and missing is not None:
         report(
-            f"{LIBRARY_PATH.name} was not compiled when vllm-puzzle was installed (it takes Linux on x86-64 and g++): "
-            f"torch merges instead, and converting takes nearly twice as long"
+            f"{missing.name} was not compiled when vllm-puzzle was installed (it takes Linux on x86-64 and g++): "
+            f"torch takes its place, and converting takes much longer"
         )
-
-
-def _read_text(
-    checkpoint: SourceCheckpoint, config: PretrainedConfig, options: ConvertOptions, report: Report
-) -> CalibrationText | None:
-    if options.calibration is None:
-        report("no calibration text was given: experts are weighed by the magnitude of their weights alone")
-        return None
-    return read_calibration_text(options.calibration, checkpoint, config, options.calibration_sequences)
 
 
 def _make_calibrator(

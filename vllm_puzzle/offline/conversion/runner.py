@@ -26,7 +26,7 @@ class _Tokens:
         self._idle: dict[int, list[str]] = {}
         self._walk: CalibrationWalk | None = None
         if job.calibrator is not None:
-            self._walk = CalibrationWalk(job.calibrator, job.recipe.rule.sequential)
+            self._walk = CalibrationWalk(job.calibrator, job.method.sequential)
             if done:
                 self._walk.restore(journal.load_states(done))
 
@@ -37,21 +37,21 @@ class _Tokens:
             tokens = self._walk.enter(unit.layer, self._job.stored_experts(unit.layer))
         if tokens is not None and tokens.idle_experts:
             self._idle[unit.number] = [self._describe_idle(unit, tokens)]
-        if not self._job.recipe.rule.sequential:
+        if not self._job.method.sequential:
             self._save(unit)
         return tokens
 
     def write(self, unit: Unit) -> UnitResult:
-        """Writes a unit in this process, and carries the tokens through what was merged."""
+        """Writes a unit in this process, and carries the tokens through what its experts became."""
         tokens, directory = self.enter(unit), self._journal.directory
-        if not self._job.recipe.rule.sequential:
+        if not self._job.method.sequential:
             return write_unit(self._job, unit, directory, tokens)
         if self._walk is None or unit.layer is None or tokens is None:
             result = write_unit(self._job, unit, directory, tokens)
         else:
-            merged = ExpertWeights.unread(self._job.shape.num_experts, self._job.activation)
-            result = write_unit(self._job, unit, directory, tokens, merged)
-            self._walk.leave(unit.layer, tokens, merged)
+            converted = ExpertWeights.unread(self._job.shape.num_experts, self._job.activation)
+            result = write_unit(self._job, unit, directory, tokens, converted)
+            self._walk.leave(unit.layer, tokens, converted)
         self._save(unit)
         return result
 
@@ -66,7 +66,7 @@ class _Tokens:
     def _describe_idle(self, unit: Unit, tokens: LayerTokens) -> str:
         return (
             f"layer {unit.layer}: experts {list(tokens.idle_experts)} saw no calibration token, so "
-            f"{self._job.recipe.rule.idle_consequence}; calibrate on more text"
+            f"{self._job.method.idle_consequence}; calibrate on more text"
         )
 
 
@@ -82,7 +82,7 @@ def write_all(
     while (recorded := journal.find(f"unit {done}")) is not None:
         for sentence in recorded["idle"]:
             report(sentence)
-        yield units[done], UnitResult.from_json(recorded)
+        yield units[done], UnitResult.from_json(recorded, job.method)
         done += 1
     left = units[done:]
     if not left:

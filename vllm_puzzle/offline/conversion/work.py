@@ -13,23 +13,21 @@ class Work:
     """What there is to convert.
 
     Attributes:
-        pairs: in all MoE layers together.
-        all_paired: there can be no more.
         num_tokens: calibration tokens, 0 without a text.
         top_k: experts that a token is routed to.
         layer_bytes: bytes of the largest decoder layer as it is read.
         dense_weights: weights of all decoder layers outside their routed experts.
-        jobs: layers that are merged at once.
+        jobs: layers that are converted at once.
+        on_gpu: operations are launched one by one.
     """
 
     shape: MoEShape
-    pairs: int
-    all_paired: bool
     num_tokens: int
     top_k: int
     layer_bytes: int
     dense_weights: int
     jobs: int = 1
+    on_gpu: bool = False
 
 
 def measure_work(setup: Setup) -> Work:
@@ -38,11 +36,10 @@ def measure_work(setup: Setup) -> Work:
     layers = [setup.names[layer] for layer in setup.decoder_layers]
     return Work(
         setup.shape,
-        pairs=setup.budget.total,
-        all_paired=setup.budget.all_paired,
         num_tokens=0 if setup.calibrator is None else setup.calibrator.token_ids.numel(),
         top_k=setup.checkpoint.config.num_experts_per_tok,
         layer_bytes=max(sum(tensors[name].plain_bytes for name in names) for names in layers),
         dense_weights=sum(math.prod(tensors[name].shape) for names in layers for name in names if name not in experts),
         jobs=setup.options.jobs,
+        on_gpu=setup.device.type == "cuda",
     )

@@ -1,11 +1,9 @@
 """What was chosen of how experts are merged."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..defaults import DEFAULT_PAIRING, DEFAULT_TAU
-from .rules import RULES, Rule
+from .rules import Rule
 
 PAIRINGS = ("random", "loss", "coactivation")
 
@@ -29,10 +27,3 @@ class Recipe:
         `all_paired` says whether no expert stays alone that could have a mate.
         """
         return self.pairing != "random" or not (all_paired or self.rule.pairs_evenly)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"rule": self.rule.name, "align": self.align, "pairing": self.pairing, "tau": self.tau}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
-        return cls(RULES[content["rule"]], content["align"], content["pairing"], content["tau"])

@@ -1,14 +1,15 @@
 """What packing makes of a model's size, and which graphics cards then hold it: arithmetic on sizes and a config."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_puzzle.format import WORD16, Strict
+from vllm_puzzle.format import Strict
 
 from ..checkpoints.families import MoEShape
-from ..conversion.estimate import Estimate, Speed, choose_recipe, estimate_conversion
+from ..conversion.estimate import Estimate, Speed, choose_method
+from ..conversion.methods import open_methods
 from ..conversion.options import ConvertOptions
-from ..conversion.pairing import PairBudget, budget_pairs
 from ..conversion.work import Work
 from ..defaults import DEFAULT_SEQUENCES, SEQUENCE_LENGTH
 from ..errors import CheckpointError
@@ -59,7 +60,11 @@ class Conversion(Strict):
 
 
 class Sizing(Strict):
-    """Sizes in bytes before and after packing `pairs` pairs in all layers together, and where they fit."""
+    """Sizes in bytes before and after packing, and where they fit.
+
+    `pairs` are those of all layers together, at `compression` percent; `bits` are those of codes a weight, None where
+    experts are paired.
+    """
 
     model: str
     read_from: Literal["headers", "index"]
@@ -72,6 +77,7 @@ class Sizing(Strict):
     intermediate_size: int
     compression: float
     pairs: int
+    bits: float | None
     expert_bytes_before: int
     expert_bytes_after: int
     other_bytes_before: int
@@ -87,27 +93,26 @@ class Sizing(Strict):
 
 
 def size_model(
-    sizes: ModelSizes, compression: float, context: int | None, gpu_memory_utilization: float, speed: Speed
+    sizes: ModelSizes, options: ConvertOptions, context: int | None, gpu_memory_utilization: float, speed: Speed
 ) -> Sizing:
-    """The sizing of a model; `context` None is the longest that the model was made for.
+    """The sizing of a model.
+
+    Args:
+        options: how it would be converted; whether there is a calibration text does not matter.
+        context: None is the longest that the model was made for.
 
     Raises:
         CheckpointError: an option is outside its range.
     """
     config, shape = sizes.config, sizes.shape
-    # Refuses a compression out of range, as converting does.
-    ConvertOptions(compression=compression)
     context = config.max_position_embeddings if context is None else context
     if context < 1:
         raise CheckpointError(f"--context {context} is not at least 1")
     if not 0 < gpu_memory_utilization <= 1:
         raise CheckpointError(f"--gpu-memory-utilization {gpu_memory_utilization:g} is not above 0 and at most 1")
-    budget = budget_pairs(shape.num_experts, len(shape.moe_layers), compression)
-    slots = shape.num_experts * len(shape.moe_layers) - budget.total
-    expert_bytes_after = slots * _expert_weights(shape) * WORD16.bits // 8
+    method = open_methods(options, shape)[0]
+    expert_bytes_after, packed_ranks = method.expert_bytes(shape), method.expert_ranks(shape.num_experts)
     before, after = sizes.expert_bytes + sizes.other_bytes, expert_bytes_after + sizes.plain_other_bytes
-    # A pair stays on one rank for as many ranks as this.
-    packed_ranks = budget.max_expert_parallel
     cards = [
         CardFit(
             card=card,
@@ -127,8 +132,9 @@ def size_model(
         top_k=config.num_experts_per_tok,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        compression=compression,
-        pairs=budget.total,
+        compression=method.provenance()["compression"],
+        pairs=method.num_pairs,
+        bits=options.bits,
         expert_bytes_before=sizes.expert_bytes,
         expert_bytes_after=expert_bytes_after,
         other_bytes_before=sizes.other_bytes,
@@ -140,7 +146,7 @@ def size_model(
         kv_bytes_of_context=context * kv_bytes_per_token(config),
         gpu_memory_utilization=gpu_memory_utilization,
         cards=cards,
-        conversions=_estimate_conversions(sizes, compression, budget, speed),
+        conversions=_estimate_conversions(sizes, options, speed),
     )
 
 
@@ -187,7 +193,7 @@ def _fit(
     return None
 
 
-def work_of(sizes: ModelSizes, budget: PairBudget, calibrated: bool) -> Work:
+def work_of(sizes: ModelSizes, calibrated: bool) -> Work:
     """What there is to convert, as far as sizes tell; `calibrated` on as long a text as the converter reads."""
     config, shape = sizes.config, sizes.shape
     weights = shape.num_experts * len(shape.moe_layers) * _expert_weights(shape)
@@ -197,8 +203,6 @@ def work_of(sizes: ModelSizes, budget: PairBudget, calibrated: bool) -> Work:
     layer_weights = weights / len(shape.moe_layers) + dense_weights / shape.num_hidden_layers
     return Work(
         shape,
-        pairs=budget.total,
-        all_paired=budget.all_paired,
         num_tokens=DEFAULT_SEQUENCES * min(SEQUENCE_LENGTH, config.max_position_embeddings) if calibrated else 0,
         top_k=config.num_experts_per_tok,
         layer_bytes=int(layer_weights * bytes_per_weight),
@@ -206,16 +210,15 @@ def work_of(sizes: ModelSizes, budget: PairBudget, calibrated: bool) -> Work:
     )
 
 
-def _estimate_conversions(sizes: ModelSizes, compression: float, budget: PairBudget, speed: Speed) -> list[Conversion]:
+def _estimate_conversions(sizes: ModelSizes, options: ConvertOptions, speed: Speed) -> list[Conversion]:
     conversions = []
     # Only whether there is a text matters here.
     for text in (Path("text"), None):
-        work = work_of(sizes, budget, calibrated=text is not None)
-        recipes = ConvertOptions(calibration=text, compression=compression).recipes()
-        recipe, cost = choose_recipe([(recipe, estimate_conversion(recipe, work, speed)) for recipe in recipes])
-        conversions.append(
-            Conversion(calibration_tokens=work.num_tokens, rule=recipe.rule.name, align=recipe.align, estimate=cost)
-        )
+        work = work_of(sizes, calibrated=text is not None)
+        methods = open_methods(replace(options, calibration=text), sizes.shape)
+        method, cost = choose_method([(method, method.estimate(work, speed)) for method in methods])
+        align = method.provenance()["align"]
+        conversions.append(Conversion(calibration_tokens=work.num_tokens, rule=method.rule, align=align, estimate=cost))
     return conversions
 
 

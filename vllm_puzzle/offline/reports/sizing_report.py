@@ -7,7 +7,7 @@ from .tables import aligned
 _TEMPLATE = """\
 {sizing.model}: {sizing.architecture}, {sizing.num_hidden_layers} layers, {sizing.moe_layers} of them with \
 {sizing.num_experts} experts of 3 x {sizing.intermediate_size} x {sizing.hidden_size} weights, {sizing.top_k} a token
-{sizing.pairs} pairs at {sizing.compression:g} %; sizes from {read_from}
+{form}; sizes from {read_from}
 
 {sizes}
 
@@ -41,6 +41,7 @@ def describe_sizing(sizing: Sizing) -> str:
     ]
     return _TEMPLATE.format(
         sizing=sizing,
+        form=_form(sizing),
         read_from=_READ_FROM[sizing.read_from],
         sizes=aligned(sizes),
         kv_per_token=size(sizing.kv_bytes_per_token),
@@ -49,6 +50,12 @@ def describe_sizing(sizing: Sizing) -> str:
         percent=100 * sizing.gpu_memory_utilization,
         conversions="\n".join(_conversion(each) for each in sizing.conversions),
     )
+
+
+def _form(sizing: Sizing) -> str:
+    if sizing.bits is None:
+        return f"{sizing.pairs} pairs at {sizing.compression:g} %"
+    return f"codes of {sizing.bits:g} bits a weight"
 
 
 def _sizes_row(name: str, before: int, after: int) -> list[str]:
