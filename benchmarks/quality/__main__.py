@@ -2,9 +2,9 @@
 
     python -m benchmarks.quality --json FILE [--plot FILE] [--models NAME...] [--rows REGEX]
 
-The reference model in its variants and their twins, calibrated on C4, scored on Wikipedia text that nothing was
-calibrated on, in windows that share no context. As many variants as there are threads have a process each: most of the
-work is too small for more. All of it takes hours; `--models`, `--rows` and the sizes choose a part.
+The reference model in its variants and their twins, calibrated on C4, scored on text that nothing was calibrated on, in
+windows that share no context. As many variants as there are threads have a process each: most of the work is too small
+for more. All of it takes hours; `--models`, `--rows` and the sizes choose a part.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import transformers
 from benchmarks.quality.measure import CONTINUATION_LENGTH, PROMPT_LENGTH, SEED, SEQUENCE_LENGTH, Settings, measure
 from benchmarks.quality.plot import FIGURES, plot
 from benchmarks.reference_model.build import Variant, build
-from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, read_text
+from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, TextName, read_text
 from vllm_puzzle.offline.errors import CheckpointError
 
 
@@ -37,13 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=get_args(Variant), default=get_args(Variant))
     parser.add_argument("--rows", default="", metavar="REGEX", help="only methods in whose names it is found")
     default = Settings()
-    parser.add_argument("--tokens", type=int, default=default.text_tokens, help="scored (%(default)s)")
+    parser.add_argument("--text", choices=get_args(TextName), default=default.text, help="what is scored (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=default.text_tokens, help=f"scored, a multiple of {SEQUENCE_LENGTH} (%(default)s)")
     parser.add_argument("--sequences", type=int, default=default.sequences, help="to calibrate on (%(default)s)")
     parser.add_argument("--prompts", type=int, default=default.prompts, help="continued greedily (%(default)s)")
     parser.add_argument("--pairings", type=int, default=default.pairings, help="drawn (%(default)s)")
     args = parser.parse_args(argv)
-    settings = Settings(args.tokens, args.sequences, args.prompts, args.pairings, args.rows)
-    text = f"wiki, {settings.text_tokens} tokens in windows of {SEQUENCE_LENGTH}"
+    settings = Settings(args.text, args.tokens, args.sequences, args.prompts, args.pairings, args.rows)
+    text = f"{settings.text}, {settings.text_tokens} tokens in windows of {SEQUENCE_LENGTH}"
     num_processes = min(len(args.models), torch.get_num_threads())
     num_threads = torch.get_num_threads() // num_processes
     setup = {

@@ -38,8 +38,8 @@ def bars() -> Iterator[Bar]:
     for model in ("sparse", "all-active"):
         for figure in ("kl_with_source_routing", "kl_divergence", "perplexity"):
             yield Bar(model, figure, "codes, 3 bits", PAIRS, 1.0)
-        yield Bar(f"{model}-rotated", "kl_divergence", "codes, 4 bits", "GPTQ INT4 asymmetric", 1.0)
-    yield Bar("sparse", "kl_with_source_routing", "codes, 2.5 bits by layer", "codes, 2.5 bits, layer by layer", 0.7)
+        yield Bar(f"{model}-rotated", "kl_divergence", "codes, 4 bits, even", "GPTQ INT4 asymmetric", 1.0)
+    yield Bar("sparse", "kl_with_source_routing", "codes, 2.5 bits", "codes, 2.5 bits, even", 0.7)
     yield Bar("sparse-skewed", "output_error", "codes, 2.5 bits by expert", "codes, 2.5 bits by layer", 0.8)
 
 

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 
 import torch
 
+from benchmarks.quality.model import QualityModel
 from benchmarks.quality.peers import CompressedLayer, LoggedTokens, Method, Peer
 from vllm_puzzle.format import CODE_BITS, CodedShape, LayerCodes
+from vllm_puzzle.offline.coding.budget import expert_bytes, hardly_seen, spend_bits
 from vllm_puzzle.offline.coding.expert import code_expert
-from vllm_puzzle.offline.merging.layer import ExpertWeights
+from vllm_puzzle.offline.coding.losses import estimate_coding_losses
+from vllm_puzzle.offline.merging.layer import ExpertWeights, LayerTokens
+
+_LITTLE = 1e-6
 
 
 def code_layer_alone(experts: ExpertWeights, tokens: LoggedTokens, codes: LayerCodes) -> CompressedLayer:
@@ -46,18 +51,18 @@ EVEN_CODES = {
 def spend_alone(
     model: QualityModel, logged: Mapping[int, LoggedTokens], bits: float, by_expert: bool
 ) -> dict[int, CompressedLayer]:
-    """Codes of widths that the converter's budget of `bits` a weight gives to layers, or to experts."""
-    losses = {
-        layer: [
-            estimate_coding_losses(
-                model.source(layer),
-                expert,
-                tokens.statistics(model.source(layer), expert),
-                LayerTokens(tokens, tokens.energy),
-            )
-            for expert in range(model.shape.num_experts)
+    """Codes as wide as the converter's budget of `bits` a weight makes them, by layer or by expert too."""
+    num_experts = model.shape.num_experts
+    losses, rare = {}, {}
+    for layer, tokens in logged.items():
+        experts, entering = model.source(layer), LayerTokens(tokens, tokens.energy)
+        losses[layer] = [
+            estimate_coding_losses(experts, expert, tokens.statistics(experts, expert), entering)
+            for expert in range(num_experts)
         ]
-        for layer, tokens in logged.items()
-    }
-    layers = spend_bits(losses, bits, sizes, even=not by_expert)
+        rare[layer] = hardly_seen(tokens, num_experts)
+    # By layer the converter takes a budget only between the widths.
+    budget = bits if by_expert else bits - _LITTLE
+    sizes = expert_bytes(model.shape.hidden_size, model.shape.intermediate_size)
+    layers = spend_bits(losses, budget, sizes, even=not by_expert, rare=rare)
     return {layer: code_layer_alone(model.source(layer), logged[layer], codes) for layer, codes in layers.items()}

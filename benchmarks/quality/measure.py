@@ -2,20 +2,21 @@
 
 import json
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality.codes import EVEN_CODES
-from benchmarks.quality.methods import PACKED, Cost, apply_packed, calibrate, compress_by_peer
+from benchmarks.quality.codes import EVEN_CODES, spend_alone
+from benchmarks.quality.methods import PACKED, Compressed, Cost, apply_packed, calibrate, compress_by_peer, mean_bits
 from benchmarks.quality.model import QualityModel
 from benchmarks.quality.peers import PEERS, LoggedTokens
 from benchmarks.quality.score import Scorer, continue_greedily, tokens_until_divergence
 from benchmarks.quality.seeds import study_seeds
 from benchmarks.reference_model.build import Variant
-from benchmarks.reference_model.wheels import read_text
+from benchmarks.reference_model.wheels import TextName, read_text
 from vllm_puzzle.offline.conversion.calibration_text import read_calibration_text
 
 SEQUENCE_LENGTH = 256
@@ -27,10 +28,11 @@ SEED = 0
 class Settings:
     """How much is measured.
 
-    `text_tokens` are scored, `sequences` of 2048 tokens calibrate, `prompts` are continued greedily and `pairings` are
+    `text_tokens` of `text` are scored, `sequences` of 2048 tokens calibrate, `prompts` are continued greedily and `pairings` are
     drawn for the study of seeds; 0 leaves out either. Only rows whose method `rows` finds something in are made.
     """
 
+    text: TextName = "wiki"
     text_tokens: int = 8192
     sequences: int = 8
     prompts: int = 16
@@ -59,7 +61,7 @@ class _Measurement:
         self._settings = settings
         self.tables = Tables()
         self.model = QualityModel(folder)
-        ids = self.model.tokenizer(read_text("wiki", cache), return_tensors="pt", verbose=False).input_ids[0]
+        ids = self.model.tokenizer(read_text(settings.text, cache), return_tensors="pt", verbose=False).input_ids[0]
         count = settings.text_tokens
         self.windows = ids[:count].reshape(-1, SEQUENCE_LENGTH)
         self._scorer = Scorer(self.model, self.windows)
@@ -116,6 +118,14 @@ def measure(
             compressed = compress_by_peer(model, peer, measurement.token_ids, measurement.logged, SEED)
             compressed.apply(model)
             measurement.add(peer.name, compressed.cost)
+    for by, by_expert in (("layer", False), ("expert", True)):
+        method = f"codes, 2.5 bits by {by}"
+        if measurement.wants(method):
+            start = time.perf_counter()
+            layers = spend_alone(model, measurement.logged, 2.5, by_expert)
+            cost = Cost(mean_bits(layers), time.perf_counter() - start)
+            Compressed(layers, cost).apply(model)
+            measurement.add(method, cost)
     if settings.pairings:
         measurement.add_seeds()
     return measurement.tables

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,23 +18,23 @@ from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 
 class Packed(NamedTuple):
-    """A row that the converter makes."""
+    """A row that the converter makes, with these of its options."""
 
     method: str
-    rule: str
-    align: bool
-    compression: float
+    options: Mapping[str, Any]
 
 
 PACKED = (
-    Packed("packed, paper's rule", "paper", False, 50.0),
-    Packed("packed, saliency", "saliency", False, 50.0),
-    Packed("packed, saliency, aligned", "saliency", True, 50.0),
-    Packed("packed, compensated", "compensated", False, 50.0),
-    Packed("packed, compensated, aligned", "compensated", True, 50.0),
-    Packed("packed, compensated, aligned", "compensated", True, 37.5),
-    Packed("packed, compensated, aligned", "compensated", True, 25.0),
-    Packed("packed, compensated, aligned", "compensated", True, 12.5),
+    Packed("packed, paper's rule", {"rule": "paper", "align": False}),
+    Packed("packed, saliency", {"rule": "saliency", "align": False}),
+    Packed("packed, saliency, aligned", {"rule": "saliency", "align": True}),
+    Packed("packed, compensated", {"rule": "compensated", "align": False}),
+    *(
+        Packed("packed, compensated, aligned", {"rule": "compensated", "align": True, "compression": compression})
+        for compression in (50.0, 37.5, 25.0, 12.5)
+    ),
+    *(Packed(f"codes, {bits:g} bits, even", {"bits": bits, "even": True}) for bits in (2.0, 2.5, 3.0, 4.0)),
+    *(Packed(f"codes, {bits:g} bits", {"bits": bits}) for bits in (2.25, 2.5, 3.0)),
 )
 
 
@@ -47,9 +47,7 @@ class Cost(NamedTuple):
 
 def apply_packed(model: QualityModel, row: Packed, calibration: Path, sequences: int, seed: int) -> Cost:
     """Converts the model's checkpoint as `vllm-puzzle convert` does and takes the experts from what it wrote."""
-    options = ConvertOptions(
-        calibration, sequences, rule=row.rule, align=row.align, compression=row.compression, seed=seed
-    )
+    options = ConvertOptions(calibration, sequences, seed=seed, **row.options)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         result = convert(model.checkpoint.path, Path(folder, "packed"), options, print, lambda _, __: None)
@@ -107,5 +105,9 @@ def compress_by_peer(
         for layer, tokens in logged.items():
             compress(layer, tokens)
     seconds = time.perf_counter() - start
-    stored = [peer.bits if layer.bits is None else layer.bits for layer in layers.values()]
-    return Compressed(layers, Cost(sum(bits or 0.0 for bits in stored) / len(stored), seconds))
+    return Compressed(layers, Cost(mean_bits(layers) if peer.bits is None else peer.bits, seconds))
+
+
+def mean_bits(layers: Mapping[int, CompressedLayer]) -> float:
+    """Of layers of one size that say what they take."""
+    return sum(layer.bits or 0.0 for layer in layers.values()) / len(layers)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
 from benchmarks.quality.peers import LoggedTokens, in_float32
-from vllm_puzzle.format import parse_packed_name, unpack
 from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts, layer_names
 from vllm_puzzle.offline.checkpoints.families import find_moe_shape
 from vllm_puzzle.offline.checkpoints.packed import PackedCheckpoint
@@ -186,10 +185,6 @@ class QualityModel:
         packed = PackedCheckpoint(path)
         tensors: dict[str, torch.Tensor] = {}
         for name in packed.checkpoint.tensors:
-            members = packed.members(name) if parse_packed_name(name) else None
-            if members is None:
-                continue
-            words = packed.checkpoint.read([name])[name]
-            tensors.update({expert: unpack(words, member) for member, expert in enumerate(members)})
+            tensors.update(packed.decode(name))
         for layer, source in self._sources.items():
             self.set_layer(layer, layer_experts(self.shape, layer, tensors, source.activation, torch.device("cpu")))
