@@ -32,7 +32,7 @@ def compensate_block(weights: torch.Tensor, table: Table, corner: torch.Tensor, 
         errors[k] = (columns[k] - _column(table, codes, k)) / corner[k, k]
         columns[k + 1 :] -= corner[k, k + 1 :, None, None] * errors[k]
     weights.copy_(columns.permute(1, 2, 0))
-    return errors.permute(1, 2, 0)
+    return errors.permute(1, 2, 0).contiguous()
 
 
 def descend_block(pull: torch.Tensor, table: Table, corner: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def descend_block(pull: torch.Tensor, table: Table, corner: torch.Tensor, codes:
         codes[:, k] = _nearest(old + columns[k] / corner[k, k], table)
         moved[k] = old - _column(table, codes, k)
         columns[k + 1 :] += corner[k, k + 1 :, None, None] * moved[k]
-    return moved.permute(1, 2, 0)
+    return moved.permute(1, 2, 0).contiguous()
 
 
 def _nearest(wanted: torch.Tensor, table: Table) -> torch.Tensor:
