@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", default="", metavar="REGEX", help="only methods in whose names it is found")
     default = Settings()
     parser.add_argument("--text", choices=get_args(TextName), default=default.text, help="what is scored (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=default.text_tokens, help=f"scored, a multiple of {SEQUENCE_LENGTH} (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=default.text_tokens, help=f"scored, a multiple of {SEQUENCE_LENGTH} (%(default)s)"
+    )
     parser.add_argument("--sequences", type=int, default=default.sequences, help="to calibrate on (%(default)s)")
     parser.add_argument("--prompts", type=int, default=default.prompts, help="continued greedily (%(default)s)")
     parser.add_argument("--pairings", type=int, default=default.pairings, help="drawn (%(default)s)")

@@ -28,8 +28,9 @@ SEED = 0
 class Settings:
     """How much is measured.
 
-    `text_tokens` of `text` are scored, `sequences` of 2048 tokens calibrate, `prompts` are continued greedily and `pairings` are
-    drawn for the study of seeds; 0 leaves out either. Only rows whose method `rows` finds something in are made.
+    `text_tokens` of `text` are scored, `sequences` of 2048 tokens calibrate, `prompts` are continued greedily and
+    `pairings` are drawn for the study of seeds; 0 leaves out either. Only rows whose method `rows` finds something in
+    are made.
     """
 
     text: TextName = "wiki"

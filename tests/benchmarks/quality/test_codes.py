@@ -31,7 +31,9 @@ def test_a_budget_is_spent_by_layer_or_by_expert(tmp_path: Path) -> None:
     logged = calibrate(model, torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(1)))
 
     def error(layers: dict[int, CompressedLayer]) -> float:
-        return sum(logged[layer].relative_output_error(model.source(layer), made.experts) for layer, made in layers.items())
+        return sum(
+            logged[layer].relative_output_error(model.source(layer), made.experts) for layer, made in layers.items()
+        )
 
     by_layer, by_expert = (spend_alone(model, logged, 2.5, by_expert=each) for each in (False, True))
     even = {layer: EVEN_CODES[5].method(model.source(layer), logged[layer], random.Random(0)) for layer in logged}
