@@ -20,11 +20,14 @@ from typing import get_args
 import torch
 import transformers
 
-from benchmarks.quality.measure import CONTINUATION_LENGTH, PROMPT_LENGTH, SEED, SEQUENCE_LENGTH, Settings, measure
+from benchmarks.quality.measure import CONTINUATION_LENGTH, PROMPT_LENGTH, SEQUENCE_LENGTH, Settings, measure
 from benchmarks.quality.plot import FIGURES, plot
 from benchmarks.reference_model.build import Variant, build
 from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, TextName, read_text
 from vllm_puzzle.offline.errors import CheckpointError
+
+# Characters of the calibration text between the beginnings of two seeds: more than 8 sequences take.
+_SEED_STEP = 100_000
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=default.sequences, help="to calibrate on (%(default)s)")
     parser.add_argument("--prompts", type=int, default=default.prompts, help="continued greedily (%(default)s)")
     parser.add_argument("--pairings", type=int, default=default.pairings, help="drawn (%(default)s)")
+    parser.add_argument("--seed", type=int, choices=range(3), default=0, help="of pairs and calibration (%(default)s)")
     args = parser.parse_args(argv)
-    settings = Settings(args.text, args.tokens, args.sequences, args.prompts, args.pairings, args.rows)
+    settings = Settings(args.text, args.tokens, args.sequences, args.prompts, args.pairings, args.rows, args.seed)
     text = f"{settings.text}, {settings.text_tokens} tokens in windows of {SEQUENCE_LENGTH}"
     num_processes = min(len(args.models), torch.get_num_threads())
     num_threads = torch.get_num_threads() // num_processes
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         "text": text,
         "calibration": f"c4, {settings.sequences} sequences of 2048 tokens",
         "generation": f"{settings.prompts} prompts of {PROMPT_LENGTH} tokens, {CONTINUATION_LENGTH} tokens greedily",
-        "seed": SEED,
+        "seed": settings.seed,
         "device": f"{platform.processor() or platform.machine()}, {num_threads} threads a model",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -61,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     try:
         args.work.mkdir(parents=True, exist_ok=True)
-        calibration = args.work / "c4.txt"
-        calibration.write_text(read_text("c4", args.cache), encoding="utf-8")
+        calibration = args.work / f"c4-{settings.seed}.txt"
+        calibration.write_text(read_text("c4", args.cache)[_SEED_STEP * settings.seed :], encoding="utf-8")
         for name in args.models:
             if not (args.work / name).exists():
                 build(name, args.work / name, args.cache)

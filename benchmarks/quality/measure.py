@@ -21,7 +21,6 @@ from vllm_puzzle.offline.conversion.calibration_text import read_calibration_tex
 
 SEQUENCE_LENGTH = 256
 PROMPT_LENGTH, CONTINUATION_LENGTH = 64, 64
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Settings:
 
     `text_tokens` of `text` are scored, `sequences` of 2048 tokens calibrate, `prompts` are continued greedily and
     `pairings` are drawn for the study of seeds; 0 leaves out either. Only rows whose method `rows` finds something in
-    are made.
+    are made. `seed` draws pairs, and says where in the calibration text its sequences begin.
     """
 
     text: TextName = "wiki"
@@ -39,6 +38,7 @@ class Settings:
     prompts: int = 16
     pairings: int = 8
     rows: str = ""
+    seed: int = 0
 
 
 @dataclass
@@ -113,10 +113,10 @@ def measure(
     measurement.add("uncompressed", Cost(16.0, 0.0))
     for row in PACKED:
         if measurement.wants(row.method):
-            measurement.add(row.method, apply_packed(model, row, calibration, settings.sequences, SEED))
+            measurement.add(row.method, apply_packed(model, row, calibration, settings.sequences, settings.seed))
     for peer in (*EVEN_CODES.values(), *PEERS.values()):
         if measurement.wants(peer.name):
-            compressed = compress_by_peer(model, peer, measurement.token_ids, measurement.logged, SEED)
+            compressed = compress_by_peer(model, peer, measurement.token_ids, measurement.logged, settings.seed)
             compressed.apply(model)
             measurement.add(peer.name, compressed.cost)
     for by, by_expert in (("layer", False), ("expert", True)):

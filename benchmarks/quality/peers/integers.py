@@ -81,7 +81,7 @@ def integers(bits: int, symmetric: bool, compensated: bool) -> Method:
             values, bits_stored = _round(matrices, bits, symmetric, compensated)
             made.append(values)
             stored += bits_stored * values[0].numel()
-        return CompressedLayer(experts_of(*made, experts), bits=stored / sum(values[0].numel() for values in made))
+        return CompressedLayer(experts_of(made[0], made[1], experts), bits=stored / sum(values[0].numel() for values in made))
 
     return method
 

@@ -33,7 +33,7 @@ def fitted_levels(num_levels: tuple[int, int]) -> Method:
             made.append(matrices.restored(_by_levels(matrices, count)))
             num_experts, rows, columns = matrices.weights.shape
             stored += rows * columns * math.log2(count) + _SCALE_BITS * (rows + count / num_experts)
-        return CompressedLayer(experts_of(*made, experts), bits=stored / sum(values[0].numel() for values in made))
+        return CompressedLayer(experts_of(made[0], made[1], experts), bits=stored / sum(values[0].numel() for values in made))
 
     return method
 

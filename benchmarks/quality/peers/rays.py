@@ -38,7 +38,7 @@ def quantized_rays(bits: int) -> Method:
             rows, columns = values.shape[1:]
             magnitudes = len(_RAYS) << (bits - _RAY_BITS)
             stored += rows * columns * bits / 2 + _SCALE_BITS * (rows + magnitudes / 2)
-        return CompressedLayer(experts_of(*made, experts), bits=stored / sum(values[0].numel() for values in made))
+        return CompressedLayer(experts_of(made[0], made[1], experts), bits=stored / sum(values[0].numel() for values in made))
 
     return method
 
