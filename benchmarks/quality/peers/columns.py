@@ -1,13 +1,13 @@
 """What the peers with fewer bits share: a layer's matrices, what their errors cost, and GPTQ's loop over columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 
-from .base import LoggedTokens, in_float32
+from .base import CompressedLayer, LoggedTokens, in_float32
 
 # Columns between two updates of all that follow.
 _BLOCK = 64
@@ -96,6 +96,12 @@ def experts_of(w13: torch.Tensor, w2: torch.Tensor, like: ExpertWeights) -> Expe
     """Experts from what `matrices_of` would give of them, in their own order."""
     gate, up = w13.chunk(2, dim=1)
     return ExpertWeights(list(gate), list(up), list(w2), like.activation)
+
+
+def stored_layer(made: Sequence[torch.Tensor], num_bits: Sequence[float], like: ExpertWeights) -> CompressedLayer:
+    """Experts of what `matrices_of` gave, in their own order, and the bits that one expert's share of each takes."""
+    weights = sum(values[0].numel() for values in made)
+    return CompressedLayer(experts_of(made[0], made[1], like), bits=sum(num_bits) / weights)
 
 
 def sample(count: int, most: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from benchmarks.quality.round_to_nearest import GROUP_SIZE
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 from .base import CompressedLayer, LoggedTokens, Method
-from .columns import Matrices, experts_of, matrices_of
+from .columns import Matrices, experts_of, matrices_of, stored_layer
 
 # A group's range by what it is cut to; the best one counts, as with the option `mse` of GPTQ's authors.
 _CLIPS = torch.linspace(1.1, 0.3, 17).tolist()
@@ -76,12 +76,12 @@ def integers(bits: int, symmetric: bool, compensated: bool) -> Method:
     """
 
     def method(experts: ExpertWeights, tokens: LoggedTokens, _: random.Random) -> CompressedLayer:
-        made, stored = [], 0.0
+        made, stored = [], []
         for matrices in matrices_of(experts, tokens):
             values, bits_stored = _round(matrices, bits, symmetric, compensated)
             made.append(values)
-            stored += bits_stored * values[0].numel()
-        return CompressedLayer(experts_of(made[0], made[1], experts), bits=stored / sum(values[0].numel() for values in made))
+            stored.append(bits_stored * values[0].numel())
+        return stored_layer(made, stored, experts)
 
     return method
 
@@ -107,7 +107,7 @@ def mixed_integers(bits: float, widths: tuple[int, ...]) -> Method:
         choices, errors, stored = [], [], []
         for width in widths:
             rounded = [_round(matrices, width, symmetric=False, compensated=True) for matrices in kinds]
-            made = experts_of(*[values for values, _ in rounded], experts)
+            made = experts_of(rounded[0][0], rounded[1][0], experts)
             choices.append(made)
             errors.append(
                 [tokens.output_error(experts, expert, made.matrices(expert)) for expert in range(experts.num_experts)]

@@ -9,7 +9,7 @@ import torch
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 from .base import CompressedLayer, LoggedTokens, Method
-from .columns import Matrices, experts_of, matrices_of, sample
+from .columns import Matrices, matrices_of, sample, stored_layer
 
 _LLOYD_STEPS = 50
 _SAMPLE = 1 << 17
@@ -28,12 +28,12 @@ def fitted_levels(num_levels: tuple[int, int]) -> Method:
     """
 
     def method(experts: ExpertWeights, tokens: LoggedTokens, _: random.Random) -> CompressedLayer:
-        made, stored = [], 0.0
+        made, stored = [], []
         for matrices, count in zip(matrices_of(experts, tokens), num_levels, strict=True):
             made.append(matrices.restored(_by_levels(matrices, count)))
             num_experts, rows, columns = matrices.weights.shape
-            stored += rows * columns * math.log2(count) + _SCALE_BITS * (rows + count / num_experts)
-        return CompressedLayer(experts_of(made[0], made[1], experts), bits=stored / sum(values[0].numel() for values in made))
+            stored.append(rows * columns * math.log2(count) + _SCALE_BITS * (rows + count / num_experts))
+        return stored_layer(made, stored, experts)
 
     return method
 

@@ -9,7 +9,7 @@ from vllm_puzzle.offline.conversion.pairing import draw_mates
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 from .base import CompressedLayer, LoggedTokens, Method
-from .columns import Matrices, experts_of, matrices_of, sample
+from .columns import Matrices, matrices_of, sample, stored_layer
 
 # Shared by both mates, and held by one of them: with the signs of their members eight rays.
 _RAYS = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
@@ -30,15 +30,15 @@ def quantized_rays(bits: int) -> Method:
     def method(experts: ExpertWeights, tokens: LoggedTokens, generator: random.Random) -> CompressedLayer:
         num_experts = experts.num_experts
         mates = torch.tensor(draw_mates(num_experts, default_max_expert_parallel(num_experts), generator))
-        made, stored = [], 0.0
+        made, stored = [], []
         for matrices in matrices_of(experts, tokens):
             values = torch.empty_like(matrices.weights)
             values[mates] = matrices.restored(_by_rays(_paired(matrices, mates), 1 << (bits - _RAY_BITS)))
             made.append(values)
             rows, columns = values.shape[1:]
             magnitudes = len(_RAYS) << (bits - _RAY_BITS)
-            stored += rows * columns * bits / 2 + _SCALE_BITS * (rows + magnitudes / 2)
-        return CompressedLayer(experts_of(made[0], made[1], experts), bits=stored / sum(values[0].numel() for values in made))
+            stored.append(rows * columns * bits / 2 + _SCALE_BITS * (rows + magnitudes / 2))
+        return stored_layer(made, stored, experts)
 
     return method
 
