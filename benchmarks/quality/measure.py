@@ -77,10 +77,14 @@ class _Measurement:
     def wants(self, method: str) -> bool:
         return re.search(self._settings.rows, method) is not None
 
-    def add(self, method: str, cost: Cost) -> None:
-        """Adds the rows of what the model holds at this moment, and resets it."""
+    def add(self, method: str, cost: Cost, in_order: bool = True) -> None:
+        """Adds the rows of what the model holds at this moment, and resets it.
+
+        Where experts are dropped, or their neurons not `in_order`, an output error by weights says nothing.
+        """
         score = self._scorer.score()
-        error = None if self.model.drops_experts else self.model.output_error(self.logged)
+        comparable = in_order and not self.model.drops_experts
+        error = self.model.output_error(self.logged) if comparable else None
         content = {
             "output_error": error,
             "perplexity": score.perplexity,
@@ -113,7 +117,8 @@ def measure(
     measurement.add("uncompressed", Cost(16.0, 0.0))
     for row in PACKED:
         if measurement.wants(row.method):
-            measurement.add(row.method, apply_packed(model, row, calibration, settings.sequences, settings.seed))
+            cost = apply_packed(model, row, calibration, settings.sequences, settings.seed)
+            measurement.add(row.method, cost, in_order=not row.options.get("align", False))
     for peer in (*EVEN_CODES.values(), *PEERS.values()):
         if measurement.wants(peer.name):
             compressed = compress_by_peer(model, peer, measurement.token_ids, measurement.logged, settings.seed)
