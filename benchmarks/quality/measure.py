@@ -124,11 +124,11 @@ def measure(
             compressed = compress_by_peer(model, peer, measurement.token_ids, measurement.logged, settings.seed)
             compressed.apply(model)
             measurement.add(peer.name, compressed.cost)
-    for by, by_expert in (("layer", False), ("expert", True)):
-        method = f"codes, 2.5 bits by {by}"
+    for bits, by in ((2.5, "layer"), (2.5, "expert"), (3.0, "expert")):
+        method = f"codes, {bits:g} bits by {by}"
         if measurement.wants(method):
             start = time.perf_counter()
-            layers = spend_alone(model, measurement.logged, 2.5, by_expert)
+            layers = spend_alone(model, measurement.logged, bits, by == "expert")
             cost = Cost(mean_bits(layers), time.perf_counter() - start)
             Compressed(layers, cost).apply(model)
             measurement.add(method, cost)
