@@ -1,4 +1,4 @@
-"""The table as a picture: bits per expert weight against perplexity."""
+"""The table as a picture: bits per expert weight against a figure of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,32 +10,47 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
+FIGURES = {
+    "perplexity": "perplexity",
+    "kl_divergence": "KL divergence",
+    "kl_with_source_routing": "KL divergence, routing held",
+    "output_error": "output error",
+}
+# Codes, packed pairs and all others.
+_COLORS = {"codes": "C2", "packed": "C3", "": "C0"}
+# Methods whose points a line joins.
+_SERIES = ("packed, compensated, aligned", "codes, {bits:g} bits", "codes, {bits:g} bits, layer by layer")
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Writes an image whose format follows the suffix of `path`: one panel a model, every row a point."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(models), figsize=(7 * len(models), 6), squeeze=False)
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str, figure: str) -> None:
+    """Writes an image whose format follows the suffix of `path`: one panel a model, every row a point.
+
+    Args:
+        figure: one of FIGURES; rows that have none of it are left out, and those without any loss too.
+    """
+    shown = [row for row in rows if row[figure]]
+    models = list(dict.fromkeys(row["model"] for row in shown))
+    picture, panels = pyplot.subplots(1, len(models), figsize=(7 * len(models), 6), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
-        mine = [row for row in rows if row["model"] == model]
+        mine = [row for row in shown if row["model"] == model]
         for row in mine:
-            packed = row["method"].startswith("packed")
-            panel.scatter(row["bits_per_expert_weight"], row["perplexity"], color="C3" if packed else "C0", zorder=3)
+            color = next(color for prefix, color in _COLORS.items() if row["method"].startswith(prefix))
+            panel.scatter(row["bits_per_expert_weight"], row[figure], color=color, zorder=3)
             panel.annotate(
                 row["method"].removeprefix("packed, "),
-                (row["bits_per_expert_weight"], row["perplexity"]),
+                (row["bits_per_expert_weight"], row[figure]),
                 xytext=(4, 3),
                 textcoords="offset points",
                 fontsize=6,
             )
-        best = sorted(
-            (row["bits_per_expert_weight"], row["perplexity"])
-            for row in mine
-            if row["method"] in ("packed, compensated, aligned", "uncompressed")
-        )
-        panel.plot(*zip(*best, strict=True), color="C3", linewidth=0.8)
-        panel.set(title=model, xlabel="bits per expert weight", ylabel="perplexity", yscale="log", xlim=(3.5, 17.5))
+        for series in _SERIES:
+            methods = {series.format(bits=bits) for bits in (2, 2.5, 3, 4)} | {"uncompressed"}
+            points = sorted((row["bits_per_expert_weight"], row[figure]) for row in mine if row["method"] in methods)
+            if len(points) > 1:
+                panel.plot(*zip(*points, strict=True), color=_COLORS[series.split(",")[0]], linewidth=0.8)
+        panel.set(title=model, xlabel="bits per expert weight", ylabel=FIGURES[figure], yscale="log")
         panel.grid(alpha=0.3, which="both")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    picture.suptitle(title, fontsize=9)
+    picture.tight_layout()
+    picture.savefig(path)
+    pyplot.close(picture)

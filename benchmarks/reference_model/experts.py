@@ -78,8 +78,8 @@ def _fit_router(inputs: Tensor, output_norms: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def sparse_tensors(dense: LlamaForCausalLM, token_ids: Tensor) -> dict[str, Tensor]:
-    """The sparsely routed Qwen2-MoE checkpoint tensors of a float32 dense model.
+def sparse_tensors(dense: LlamaForCausalLM, token_ids: Tensor, top_k: int) -> dict[str, Tensor]:
+    """The sparsely routed Qwen2-MoE checkpoint tensors of a float32 dense model, made for `top_k` experts a token.
 
     token_ids: (num_tokens,), int64, the calibration text.
     """
@@ -97,7 +97,7 @@ def sparse_tensors(dense: LlamaForCausalLM, token_ids: Tensor) -> dict[str, Tens
         tensors[f"{prefix}.shared_expert_gate.weight"] = torch.zeros(1, dense.config.hidden_size)
         # The gate of zeros halves the shared expert, and each chosen expert's weight is near 1 / top_k.
         experts = [("shared_expert", shared, 2)]
-        experts += [(f"experts.{expert}", neurons, SPARSE_TOP_K) for expert, neurons in enumerate(routed)]
+        experts += [(f"experts.{expert}", neurons, top_k) for expert, neurons in enumerate(routed)]
         for name, neurons, scale in experts:
             tensors[f"{prefix}.{name}.gate_proj.weight"] = gate[neurons]
             tensors[f"{prefix}.{name}.up_proj.weight"] = up[neurons]

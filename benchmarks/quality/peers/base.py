@@ -1,12 +1,13 @@
 """What every method takes and gives, and what several of them need."""
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
+from vllm_puzzle.offline.merging.saliency import ExpertStatistics, measure_saliency
 
 
 @dataclass
@@ -15,18 +16,60 @@ class CompressedLayer:
 
     `experts` has as many experts as before, of the same shapes, float32 or bfloat16; the members of a merged cluster
     all hold the cluster's weights. The router must never again choose the experts in `dropped`: their logits are to
-    become -inf before the softmax and the top-k.
+    become -inf before the softmax and the top-k. `bits` are those per expert weight as they would be stored, everything
+    counted, where the method's do not follow from its peer alone.
     """
 
     experts: ExpertWeights
     dropped: frozenset[int] = frozenset()
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
 class LoggedTokens(RoutedTokens):
-    """With what the router said of every expert: `router_logits` is (num_tokens, num_experts), float32."""
+    """With what the router said of every expert: `router_logits` is (num_tokens, num_experts), float32.
+
+    `energy` is what a squared error of the layer's output, summed over tokens, is compared with across layers.
+    """
 
     router_logits: torch.Tensor
+    energy: float = 1.0
+    _statistics: dict[int, ExpertStatistics] = field(default_factory=dict)
+
+    def statistics(self, experts: ExpertWeights, expert: int) -> ExpertStatistics:
+        """What these tokens say of one of the layer's uncompressed experts, with moments between inputs.
+
+        It is measured once for all methods.
+        """
+        if expert not in self._statistics:
+            self._statistics[expert] = measure_saliency(experts, expert, self, full=True)
+        return self._statistics[expert]
+
+    def output_error(self, experts: ExpertWeights, expert: int, matrices: Sequence[torch.Tensor]) -> float:
+        """The squared error that gate, up and down in place of an expert's own are expected to leave in the output.
+
+        It is `rows * dW H dW^T`: second order, each matrix by itself, over the tokens and with their router weights.
+        """
+        known = self.statistics(experts, expert)
+        rows = (known.gate_rows, known.up_rows, torch.ones(()))
+        moments = (known.hidden, known.hidden, known.intermediate)
+        return sum(
+            float(_quadratic(wanted.float() - got.float(), moment, cost))
+            for wanted, got, moment, cost in zip(experts.matrices(expert), matrices, moments, rows, strict=True)
+        )
+
+    def relative_output_error(self, experts: ExpertWeights, compressed: ExpertWeights) -> float:
+        """The layer's `output_error` over its energy, the sum of what each expert's output has by the same moments."""
+        error = energy = 0.0
+        for expert in range(experts.num_experts):
+            error += self.output_error(experts, expert, compressed.matrices(expert))
+            moment = self.statistics(experts, expert).intermediate
+            energy += float(_quadratic(experts.down[expert].float(), moment, torch.ones(())))
+        return error / energy
+
+
+def _quadratic(change: torch.Tensor, moment: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return (((change @ moment) * change).sum(dim=1) * rows).sum()
 
 
 Method = Callable[[ExpertWeights, LoggedTokens, random.Random], CompressedLayer]
@@ -36,16 +79,16 @@ Method = Callable[[ExpertWeights, LoggedTokens, random.Random], CompressedLayer]
 class Peer:
     """A row of the table.
 
-    `bits` are those per expert weight of the result as it would be stored, `source` is where the method is described.
+    `bits` are those per expert weight of the result as it would be stored, None where each layer says it; `source` is
+    where the method is described.
     A `sequential` method sees what the layers before give after they were compressed, as its authors' code does; the
     others see the uncompressed model.
     """
 
     name: str
-    bits: float
+    bits: float | None
     method: Method
     source: str
-    needs_calibration: bool
     sequential: bool = False
 
 
