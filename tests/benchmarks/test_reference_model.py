@@ -28,7 +28,7 @@ QUESTIONS = [
     "Who was Isaac Newton?",
     "List the colours of the rainbow.",
 ]
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 
 
 @pytest.fixture(scope="session")
