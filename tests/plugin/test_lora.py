@@ -22,7 +22,17 @@ LORA = {"enable_lora": True, "max_lora_rank": RANK, "lora_target_modules": ATTEN
 @pytest.fixture
 def models(checkpoints: Checkpoints) -> tuple[Path, Path]:
     """(packed, unpacked)."""
-    return checkpoints.mixed("qwen3_moe")
+    return checkpoints.mixed("qwen3_moe", ("pairs", "uneven", "even"))
+
+
+def test_beside_plain_experts_it_is_refused(checkpoints: Checkpoints) -> None:
+    """vLLM's own experts would fail at the first request."""
+    packed, _ = checkpoints.mixed("qwen3_moe")
+    with (
+        pytest.raises(NotImplementedError, match=r"layers\.2\..* LoRA beside plain experts on a CPU; leave out"),
+        running(packed, **LORA),
+    ):
+        pass
 
 
 def matrices(model: Path, suffix: str) -> dict[str, torch.Tensor]:

@@ -64,6 +64,12 @@ def refuse_unsupported_plain(layer: RoutedExperts) -> None:
             f"{layer.layer_name}: vLLM does not support expert parallelism of plain experts on a CPU; leave out "
             f"--enable-expert-parallel, or convert every layer"
         )
+    # It takes its Triton kernels then, whether or not an adapter is to change the experts.
+    if current_platform.is_cpu() and layer.moe_config.is_lora_enabled:
+        raise NotImplementedError(
+            f"{layer.layer_name}: vLLM does not support LoRA beside plain experts on a CPU; leave out --enable-lora, "
+            f"or convert every layer"
+        )
 
 
 def names_experts(module: str) -> bool:
