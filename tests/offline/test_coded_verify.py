@@ -13,6 +13,8 @@ from tests.tiny import INTERMEDIATE_SIZE, build_tiny, short_text
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import pack_codes, unpack_codes, zero_code
 
+pytestmark = pytest.mark.heavy
+
 Change = Callable[[dict[str, torch.Tensor]], None]
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.5"

@@ -12,6 +12,8 @@ from tests.offline.planning import planned
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import INDEX_FILE
 
+pytestmark = pytest.mark.heavy
+
 
 def split(source: Path, *files: str) -> None:
     """Deals the tensors of the single file out to `files`, without an index."""

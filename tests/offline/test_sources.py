@@ -16,6 +16,8 @@ from vllm_puzzle.cli import main
 from vllm_puzzle.format import parse_packed_name
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 
+pytestmark = pytest.mark.heavy
+
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -12,6 +12,8 @@ from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import unpack
 
+pytestmark = pytest.mark.heavy
+
 Change = Callable[[dict[str, torch.Tensor]], None]
 
 RULES_THAT_VERIFY_KNOWS = [["--rule", "paper"], ["--rule", "saliency", "--no-align"]]
@@ -33,7 +35,6 @@ class Spoiler:
         save_file(tensors, self.file, {"format": "pt"})
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("rule", [*RULES_THAT_VERIFY_KNOWS, *RULES_WITHOUT_A_TRACE], ids=" ".join)
 def test_verify_finds_what_was_changed(
     rule: list[str], source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -111,7 +112,6 @@ def test_verify_finds_an_expert_that_answers_like_another(
         assert_refused(["verify", str(source), str(packed)], tmp_path, capsys, first[0].rsplit(".", 2)[0], "cosine")
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("uneven", [False, True])
 def test_verify_accepts_experts_that_no_token_reached(uneven: bool, text: Path, tmp_path: Path) -> None:
     """Their mates take from them what they can, the more the more tokens they have and the fewer channels matter."""
