@@ -185,3 +185,21 @@ def check_what_is_not_finite(case: Call, run: Callable[[], torch.Tensor]) -> Non
     assert not got[[infinite, nan, weighted]].isfinite().any()
     kept = [*clean, skipped, elsewhere, *range(8, len(got))]
     assert torch.equal(got[kept], expected[kept])
+
+
+def check_ids_of_minus_one(case: Call, engine: str) -> None:
+    """Choices of -1 are skipped; `case` has 4 tokens or more of 2 choices."""
+    case.topk_ids[0] = -1
+    case.topk_ids[3, 1] = -1
+    case.check(engine=engine)
+    assert not case.run(engine=engine)[0].any()
+    case.topk_ids[:] = -1
+    assert not case.run(engine=engine).any()
+
+
+def check_ids_and_weights_of_other_types(case: Call, engine: str) -> None:
+    """int64 ids and float64 weights give the same bits."""
+    expected = case.run(engine=engine)
+    case.topk_ids = case.topk_ids.long()
+    case.topk_weights = case.topk_weights.double()
+    assert torch.equal(case.run(engine=engine), expected)

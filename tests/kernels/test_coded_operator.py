@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.cases import check_what_is_not_finite
+from tests.kernels.cases import check_ids_and_weights_of_other_types, check_ids_of_minus_one, check_what_is_not_finite
 from tests.kernels.coded_cases import CodedCase
 from tests.kernels.engines import CODED, CODED_CPU, CODED_DTYPES
 from vllm_puzzle.format import CODE_BITS
@@ -32,13 +32,7 @@ def test_widths_and_sizes(engine: str, bits: int) -> None:
 
 @pytest.mark.parametrize("engine", CODED)
 def test_ids_of_minus_one_are_skipped(engine: str) -> None:
-    case = CodedCase(num_tokens=6)
-    case.topk_ids[0] = -1
-    case.topk_ids[3, 1] = -1
-    case.check(engine=engine)
-    assert not case.run(engine=engine)[0].any()
-    case.topk_ids[:] = -1
-    assert not case.run(engine=engine).any()
+    check_ids_of_minus_one(CodedCase(num_tokens=6), engine)
 
 
 @pytest.mark.parametrize("engine", CODED)
@@ -72,11 +66,7 @@ def test_all_tokens_on_one_expert_and_none(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", CODED)
 def test_ids_and_weights_of_other_types(engine: str) -> None:
-    case = CodedCase(num_tokens=6)
-    expected = case.run(engine=engine)
-    case.topk_ids = case.topk_ids.long()
-    case.topk_weights = case.topk_weights.double()
-    assert torch.equal(case.run(engine=engine), expected)
+    check_ids_and_weights_of_other_types(CodedCase(num_tokens=6), engine)
 
 
 @pytest.mark.parametrize("engine", CODED)

@@ -7,7 +7,12 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.cases import Case, check_what_is_not_finite
+from tests.kernels.cases import (
+    Case,
+    check_ids_and_weights_of_other_types,
+    check_ids_of_minus_one,
+    check_what_is_not_finite,
+)
 from tests.kernels.coded_cases import STAYING
 from tests.kernels.engines import CPU_ENGINES, DTYPES, HERE, ON_CPU
 from vllm_puzzle.kernels import REFERENCE, packed_moe
@@ -32,13 +37,7 @@ def test_every_number_of_rows_a_member_can_have(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", HERE)
 def test_ids_of_minus_one_are_skipped(engine: str) -> None:
-    case = Case(num_tokens=6)
-    case.topk_ids[0] = -1
-    case.topk_ids[3, 1] = -1
-    case.check(engine=engine)
-    assert not case.run(engine=engine)[0].any()
-    case.topk_ids[:] = -1
-    assert not case.run(engine=engine).any()
+    check_ids_of_minus_one(Case(num_tokens=6), engine)
 
 
 @pytest.mark.parametrize("engine", HERE)
@@ -80,11 +79,7 @@ def test_one_expert_chosen_twice_by_a_token(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", HERE)
 def test_ids_and_weights_of_other_types(engine: str) -> None:
-    case = Case(num_tokens=6)
-    expected = case.run(engine=engine)
-    case.topk_ids = case.topk_ids.long()
-    case.topk_weights = case.topk_weights.double()
-    assert torch.equal(case.run(engine=engine), expected)
+    check_ids_and_weights_of_other_types(Case(num_tokens=6), engine)
 
 
 @pytest.mark.parametrize("engine", CPU_ENGINES)

@@ -7,17 +7,13 @@ import torch
 
 from tests.offline.coded import convert, quantization_of
 from tests.offline.faulty import edit_tensors, snapshot
+from tests.offline.interrupted import BreakAt, with_text
 from tests.tiny import NUM_EXPERTS, NUM_LAYERS, build_tiny
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import LayerCodes
-from vllm_puzzle.offline.checkpoints.shards import ShardWriter
 
 SEEN = ["--calibration", "TEXT", "--calibration-sequences", "1"]
 RECIPES = [["--bits", "2.5", "--even", *SEEN], ["--bits", "2.7", *SEEN], ["--bits", "3"]]
-
-
-def with_text(options: list[str], text: Path) -> list[str]:
-    return [str(text) if option == "TEXT" else option for option in options]
 
 
 def mean_widths(packed: Path) -> list[float]:
@@ -47,25 +43,6 @@ def test_a_budget_goes_where_it_gains_most(source: Path, tmp_path: Path, capsys:
     assert sizes[0] <= sizes[1] + 4096
 
 
-class _BreakAt:
-    """Lets tensors be written until the one of that number."""
-
-    def __init__(self, number: int | None) -> None:
-        self.number = number
-        self.writes = 0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        write = ShardWriter.write
-
-        def break_off(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-            self.writes += 1
-            if self.writes == self.number:
-                raise KeyboardInterrupt
-            write(writer, name, tensor)
-
-        monkeypatch.setattr(ShardWriter, "write", break_off)
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("recipe", RECIPES, ids=" ".join)
 def test_resuming_gives_the_same_bytes(
@@ -74,14 +51,14 @@ def test_resuming_gives_the_same_bytes(
     options = with_text(recipe, text)
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    unbroken = _BreakAt(None)
+    unbroken = BreakAt(None)
     with monkeypatch.context() as patch:
         unbroken.install(patch)
         convert(source, tmp_path / "whole" / "packed", *options)
     arguments = ["convert", str(source), str(tmp_path / "broken" / "packed"), *options]
     for number, more in ((unbroken.writes // 2, []), (5, ["--resume"])):
         with monkeypatch.context() as patch:
-            _BreakAt(number).install(patch)
+            BreakAt(number).install(patch)
             assert main([*arguments, *more]) == 130
     assert main([*arguments, "--resume"]) == 0
     assert snapshot(tmp_path / "broken") == snapshot(tmp_path / "whole")
@@ -92,7 +69,7 @@ def test_other_bits_do_not_resume(
 ) -> None:
     arguments = ["convert", str(source), str(tmp_path / "packed")]
     with monkeypatch.context() as patch:
-        _BreakAt(80).install(patch)
+        BreakAt(80).install(patch)
         assert main([*arguments, "--bits", "2"]) == 130
     for change, part in (
         (["--bits", "3"], "--bits 2.0"),

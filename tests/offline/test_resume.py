@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.offline.faulty import edit_config, edit_tensors, snapshot
+from tests.offline.interrupted import BreakAt, with_text
 from tests.tiny import build_tiny
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.checkpoints.shards import ShardWriter
 
 BLIND = ["--rule", "paper"]
 RECIPES = [
@@ -24,29 +23,6 @@ RECIPES = [
 ]
 
 
-def options_of(recipe: list[str], text: Path) -> list[str]:
-    return [str(text) if option == "TEXT" else option for option in recipe]
-
-
-class _BreakAt:
-    """Lets tensors be written until the one of that number."""
-
-    def __init__(self, number: int | None) -> None:
-        self.number = number
-        self.writes = 0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        write = ShardWriter.write
-
-        def break_off(writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-            self.writes += 1
-            if self.writes == self.number:
-                raise KeyboardInterrupt
-            write(writer, name, tensor)
-
-        monkeypatch.setattr(ShardWriter, "write", break_off)
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("recipe", RECIPES, ids=" ".join)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -54,10 +30,10 @@ def test_resuming_gives_the_same_bytes(
     family: str, recipe: list[str], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = build_tiny(family, tmp_path / "source")
-    options = options_of(recipe, text)
+    options = with_text(recipe, text)
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
-    unbroken = _BreakAt(None)
+    unbroken = BreakAt(None)
     with monkeypatch.context() as patch:
         unbroken.install(patch)
         assert main(["convert", str(source), str(tmp_path / "whole" / "packed"), *options]) == 0
@@ -65,7 +41,7 @@ def test_resuming_gives_the_same_bytes(
     arguments = ["convert", str(source), str(tmp_path / "broken" / "packed"), *options]
     for number in (unbroken.writes // 2, 5, unbroken.writes // 4):
         with monkeypatch.context() as patch:
-            _BreakAt(number).install(patch)
+            BreakAt(number).install(patch)
             resumed = ["--resume"] if (tmp_path / "broken" / ".packed.partial").exists() else []
             assert main([*arguments, *resumed]) == 130
         assert not (tmp_path / "broken" / "packed").exists()
@@ -76,7 +52,7 @@ def test_resuming_gives_the_same_bytes(
 def break_off(source: Path, packed: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
     """Leaves the work directory of a conversion that wrote a part of its layers."""
     with monkeypatch.context() as patch:
-        _BreakAt(50).install(patch)
+        BreakAt(50).install(patch)
         assert main(["convert", str(source), str(packed), *options]) == 130
     return packed.parent / f".{packed.name}.partial"
 
@@ -195,7 +171,7 @@ def test_processes_side_by_side_give_the_same_bytes(
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    options = options_of(recipe, text)
+    options = with_text(recipe, text)
     assert main(["convert", str(source), str(tmp_path / "one" / "packed"), *options]) == 0
     assert main(["convert", str(source), str(tmp_path / "two" / "packed"), *options, "--jobs", "2"]) == 0
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")

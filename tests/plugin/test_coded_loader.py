@@ -17,6 +17,7 @@ from vllm_puzzle.format import (
     pack_codes,
     unpack_codes,
 )
+from vllm_puzzle.kernels import ENGINES, REFERENCE
 from vllm_puzzle.kernels.coded import allocate_matrices
 from vllm_puzzle.kernels.engine import padded_codes
 from vllm_puzzle.plugin.coded_loader import CodebookLoader, CodedPart, CodesLoader, ScaleLoader, cut_columns
@@ -43,8 +44,8 @@ class Loaded:
         }
         part = CodedPart(PREFIX, CODES, position, projections, HIDDEN_SIZE, INTERMEDIATE_SIZE, rank)
         hidden, intermediate = padded_codes(HIDDEN_SIZE, INTERMEDIATE_SIZE // rank.count, multiple)
-        self.w13 = allocate_matrices(part.widths("w1"), intermediate, hidden)
-        self.w2 = allocate_matrices(part.widths("w2"), hidden // 2, intermediate)
+        self.w13 = allocate_matrices(part.widths("w1"), intermediate, hidden, ENGINES[REFERENCE].zero_bytes)
+        self.w2 = allocate_matrices(part.widths("w2"), hidden // 2, intermediate, ENGINES[REFERENCE].zero_bytes)
         for matrices in (self.w13, self.w2):
             matrices.codes.fill_(0xA5)
             matrices.codebook.fill_(torch.nan)

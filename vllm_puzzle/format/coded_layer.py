@@ -1,5 +1,7 @@
 """The coded experts of one layer: how wide their codes are, and what that makes of their tensors."""
 
+from dataclasses import dataclass
+
 from pydantic import model_validator
 
 from .codes import CODE_BITS, num_words
@@ -44,7 +46,8 @@ class LayerCodes(Strict):
         return len(set(self.w13_bits)) <= 1 and len(set(self.w2_bits)) <= 1
 
 
-class CodedShape(Strict):
+@dataclass(frozen=True)
+class CodedShape:
     """The shapes of one coded matrix, gate and up together or down alone.
 
     `rows` and `columns` are those of its codes, two weights each.
@@ -56,11 +59,11 @@ class CodedShape(Strict):
 
     @classmethod
     def of_w13(cls, hidden_size: int, intermediate_size: int, bits: int) -> "CodedShape":
-        return cls(rows=intermediate_size, columns=hidden_size, bits=bits)
+        return cls(intermediate_size, hidden_size, bits)
 
     @classmethod
     def of_w2(cls, hidden_size: int, intermediate_size: int, bits: int) -> "CodedShape":
-        return cls(rows=(hidden_size + 1) // 2, columns=intermediate_size, bits=bits)
+        return cls((hidden_size + 1) // 2, intermediate_size, bits)
 
     @property
     def packed(self) -> tuple[int, int]:

@@ -27,7 +27,7 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 def packed_name(prefix: str, expert: int, projection: str) -> str:
     """The name of a slot's matrix, e.g. `model.layers.0.mlp.experts` + 3 + `gate_proj`."""
-    return f"{prefix}.{expert}.{projection}.{PACKED_SUFFIX}"
+    return ExpertTensor(prefix, expert, projection, PACKED_SUFFIX).name
 
 
 class ExpertTensor(NamedTuple):

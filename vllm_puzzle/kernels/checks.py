@@ -109,18 +109,16 @@ def has_memory(tensor: torch.Tensor) -> bool:
 def misfit(engine: Engine, *tensors: *Tensors) -> ValueError:
     """The error for a call whose shapes are right but whose types, devices or strides the engine does not take."""
     x, w13, w2, slot_of_expert, _, topk_ids = tensors
-    dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in engine.dtypes)
     return ValueError(
         f"types do not fit {engine.name}: x {_kind(x)}, w13 {_kind(w13)}, w2 {_kind(w2)}, slot_of_expert "
         f"{_kind(slot_of_expert)}, topk_ids {_kind(topk_ids)}; expected contiguous int16 words, an int32 table, int32 "
-        f"or int64 ids, x in {dtypes}, all on one device that the engine computes on"
+        f"or int64 ids, {_where(engine)}"
     )
 
 
 def coded_misfit(engine: Engine, *tensors: *CodedTensors) -> ValueError:
     """`misfit` for `coded_moe`."""
     x, *weights, expert_map, _, topk_ids = tensors
-    dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in engine.dtypes)
     kinds = [
         f"{matrix}_{name} {_kind(tensor)}"
         for matrix, four in (("w13", weights[:4]), ("w2", weights[4:]))
@@ -129,8 +127,13 @@ def coded_misfit(engine: Engine, *tensors: *CodedTensors) -> ValueError:
     return ValueError(
         f"types do not fit {engine.name}: x {_kind(x)}, {', '.join(kinds)}, expert_map {_kind(expert_map)}, topk_ids "
         f"{_kind(topk_ids)}; expected contiguous uint8 codes, an int64 index, bfloat16 codebooks and scales, an int32 "
-        f"map, int32 or int64 ids, x in {dtypes}, all on one device that the engine computes on"
+        f"map, int32 or int64 ids, {_where(engine)}"
     )
+
+
+def _where(engine: Engine) -> str:
+    dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in engine.dtypes)
+    return f"x in {dtypes}, all on one device that the engine computes on"
 
 
 def _kind(tensor: torch.Tensor) -> str:

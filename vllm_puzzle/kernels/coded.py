@@ -40,13 +40,8 @@ class CodedMatrices:
         return self.codes, self.index, self.codebook, self.scale
 
 
-def zero_bytes(num_bytes: int) -> torch.Tensor:
-    """uint8 (num_bytes,) zeros on the default device."""
-    return torch.zeros(num_bytes, dtype=torch.uint8)
-
-
 def allocate_matrices(
-    bits: Sequence[int], rows: int, columns: int, allocate: Callable[[int], torch.Tensor] = zero_bytes
+    bits: Sequence[int], rows: int, columns: int, allocate: Callable[[int], torch.Tensor]
 ) -> CodedMatrices:
     """Zero codes, codebooks and scales, to be copied into.
 

@@ -135,7 +135,14 @@ class Engine(Protocol):
             w13, with a row of codes for each neuron, and w2, with one for two outputs.
         """
         hidden, intermediate = padded_codes(hidden_size, intermediate_size, self.multiple)
-        return allocate_matrices(w13_bits, intermediate, hidden), allocate_matrices(w2_bits, hidden // 2, intermediate)
+        return (
+            allocate_matrices(w13_bits, intermediate, hidden, self.zero_bytes),
+            allocate_matrices(w2_bits, hidden // 2, intermediate, self.zero_bytes),
+        )
+
+    def zero_bytes(self, num_bytes: int) -> torch.Tensor:
+        """Memory for codes: uint8 (num_bytes,), zeros, on the current default device."""
+        return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def prepare_codes(self, w13: CodedMatrices, w2: CodedMatrices, max_num_tokens: int, top_k: int) -> None:
         """`prepare` for codes.

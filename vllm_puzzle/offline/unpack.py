@@ -1,7 +1,7 @@
 """Back from a packed checkpoint to a plain BF16 one that any tool loads."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def unpack_checkpoint(source: Path, destination: Path, progress: Progress) -> Un
     packed = PackedCheckpoint(source)
     checkpoint = packed.checkpoint
     groups = names_by_layer(checkpoint, packed.shape)
-    layouts = [list(_lay_out(packed, layer, names)) for layer, names in groups.items()]
+    matrices = expected_experts(packed.shape)
+    layouts = [list(_lay_out(packed, layer, names, matrices)) for layer, names in groups.items()]
     shards = [shard for group in lay_out_shards(layouts, DEFAULT_SHARD_SIZE) for shard in group]
     num_bytes = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
     check_room(destination, num_bytes)
@@ -60,9 +61,11 @@ def _is_fused(packed: PackedCheckpoint, layer: int | None) -> bool:
     return packed.shape.family.hub_is_fused and is_moe
 
 
-def _lay_out(packed: PackedCheckpoint, layer: int | None, names: Iterable[str]) -> Iterator[TensorLayout]:
-    """A layer's tensors in the order of `_tensors`."""
-    matrices, is_fused = expected_experts(packed.shape), _is_fused(packed, layer)
+def _lay_out(
+    packed: PackedCheckpoint, layer: int | None, names: Iterable[str], matrices: Mapping[str, tuple[int, int]]
+) -> Iterator[TensorLayout]:
+    """A layer's tensors in the order of `_tensors`; `matrices` are the shapes of all experts' by source name."""
+    is_fused = _is_fused(packed, layer)
     for name in names:
         members = packed.members(name)
         if members is None:

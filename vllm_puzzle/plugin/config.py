@@ -98,13 +98,12 @@ class PuzzleMoEConfig(QuantizationConfig):
         try:
             model = empty_model(self._hf_config)
             dense = dense_tensors(model, layers)
-            experts = dense_tensors(model, layers, plain).items() - dense.items()
+            experts = {layer: dict(dense_tensors(model, layers, [layer]).items() - dense.items()) for layer in plain}
         except FormatError as error:
             # vLLM's own model may well take what transformers' does not.
             logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)
             return
-        for layer in plain:
-            names = dict(expert for expert in experts if layer_index(expert[0]) == layer)
+        for layer, names in experts.items():
             elsewhere = any(".experts." in name and layer_index(name) == layer for name in shapes.keys() - names.keys())
             # The source may have had them in another layout than the hub's.
             if not elsewhere or names.keys() & shapes.keys():

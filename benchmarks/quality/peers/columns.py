@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_puzzle.offline.merging.compensation import inverse_factor
 from vllm_puzzle.offline.merging.layer import ExpertWeights
 
 from .base import CompressedLayer, LoggedTokens, in_float32
@@ -46,8 +47,7 @@ class Matrices:
         order = (diagonal / mean).flatten(0, -2).sum(dim=0).argsort(descending=True, stable=True)
         damped = moments[..., order, :][..., order] / mean[..., None]
         damped.diagonal(dim1=-2, dim2=-1).add_(_DAMPING)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor = torch.linalg.cholesky(inverse, upper=True)
+        factor = inverse_factor(damped)
         costs = mean / factor.diagonal(dim1=-2, dim2=-1).square()
         return cls(weights[..., order], rows, order, factor, costs)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from vllm_puzzle.offline.merging.compensation import inverse_factor
 from vllm_puzzle.offline.merging.layer import ExpertWeights, RoutedTokens
 
 from .base import CompressedLayer, in_float32, own_tokens
@@ -67,19 +68,14 @@ def sparsegpt(experts: ExpertWeights, tokens: RoutedTokens, _: random.Random) ->
 
 
 def _inverse_factor(weight: torch.Tensor, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The upper triangular Cholesky factor of the damped inverse of H, (columns, columns), from parts (n, columns).
-
-    Its row k, divided by its diagonal element, says how the columns after k make up for an error in column k when
-    those before k are settled.
-    """
+    """The `inverse_factor` of the damped H, (columns, columns), from parts (n, columns)."""
     columns = weight.shape[1]
     hessian = weight.new_zeros(columns, columns)
     for inputs in parts:
         hessian += inputs.T @ inputs
     damping = _DAMPING * hessian.diagonal().mean()
     hessian.diagonal().add_(damping if damping > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    return inverse_factor(hessian)
 
 
 def _prune_columns(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from ..checks import check_index
 from ..coded import LARGEST_CODEBOOK
 from ..engine import CodedArguments, CodedTensors
 from .library import ACTIVATIONS, CALL_LAYOUT, CODES_LAYOUT, DTYPES, ID_TYPES, Isa, Refusal, load_library
+from .refusal import explain
 from .slots import BLOCK
 from .workspace import WORKSPACE
 
@@ -91,13 +92,6 @@ def _refuse(result: int, arguments: CodedArguments, made_for_call: dict[str, tor
     """Raises what a Refusal means for these tensors."""
     _, w13_codes, w13_index, _, w13_scale, w2_codes, w2_index, _, w2_scale, expert_map, *_ = arguments
     topk_ids, num_experts = made_for_call["topk_ids"], w13_index.shape[0]
-    if result == Refusal.UNKNOWN_EXPERT:
-        raise ValueError(f"topk_ids holds {int(topk_ids.max())}, there are {expert_map.shape[0]} experts")
-    if result == Refusal.UNKNOWN_SLOT:
-        raise ValueError(f"expert_map holds {int(expert_map.max())}, there are {num_experts} experts here")
-    if result == Refusal.MISSING_ADDRESS:
-        freed = [name for name, tensor in made_for_call.items() if tensor.numel() and not tensor.data_ptr()]
-        raise ValueError(f"the memory of {' and '.join(freed)} was freed")
     if result == Refusal.UNKNOWN_CODES:
         rows = {"w13": w13_scale.shape[2], "w2": w2_scale.shape[2]}
         columns = {"w13": 2 * rows["w2"], "w2": rows["w13"]}
@@ -106,4 +100,8 @@ def _refuse(result: int, arguments: CodedArguments, made_for_call: dict[str, tor
                 if expert >= 0:
                     begin, bits = index[expert].tolist()
                     check_index(name, expert, begin, bits, rows[name], columns[name], codes.numel())
-    raise ValueError(f"topk_ids {list(topk_ids.shape)} or {num_experts} experts are more than 32 bits can count")
+
+    def unknown() -> str:
+        return f"expert_map holds {int(expert_map.max())}, there are {num_experts} experts here"
+
+    raise ValueError(explain(result, made_for_call, expert_map, f"{num_experts} experts", unknown))

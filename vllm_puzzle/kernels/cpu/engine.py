@@ -1,18 +1,18 @@
 """The CPU engine: one object for each instruction set, over the same compiled library."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..checks import check_call, check_coded_call, coded_misfit, misfit
-from ..coded import CodedMatrices, allocate_matrices
-from ..engine import CodedArguments, Engine, padded, padded_codes
+from ..coded import CodedMatrices
+from ..engine import CodedArguments, Engine, padded
 from ..errors import EngineError
 from .coded_call import coded_fits, run_coded_call
 from .levels import choose_isa, unusable
-from .library import ACTIVATIONS, CALL_LAYOUT, DTYPES, ID_TYPES, Isa, Refusal, load_library
+from .library import ACTIVATIONS, CALL_LAYOUT, DTYPES, ID_TYPES, Isa, load_library
+from .refusal import explain
 from .slots import BLOCK, empty_bytes, empty_slots, order_codes_, tile_slots_
 from .workspace import WORKSPACE
 
@@ -56,14 +56,8 @@ class CpuEngine(Engine):
         num_slots, padded_hidden, padded_intermediate = w2.shape
         self._make_room(num_slots, padded_hidden, padded_intermediate, max_num_tokens, top_k)
 
-    def allocate_codes(
-        self, w13_bits: Sequence[int], w2_bits: Sequence[int], hidden_size: int, intermediate_size: int
-    ) -> tuple[CodedMatrices, CodedMatrices]:
-        hidden, intermediate = padded_codes(hidden_size, intermediate_size, BLOCK)
-        return (
-            allocate_matrices(w13_bits, intermediate, hidden, empty_bytes),
-            allocate_matrices(w2_bits, hidden // 2, intermediate, empty_bytes),
-        )
+    def zero_bytes(self, num_bytes: int) -> torch.Tensor:
+        return empty_bytes(num_bytes)
 
     def prepare_codes(self, w13: CodedMatrices, w2: CodedMatrices, max_num_tokens: int, top_k: int) -> None:
         order_codes_(w13, w2, self.isa)
@@ -148,7 +142,14 @@ class CpuEngine(Engine):
                 WORKSPACE.grow(result)
         if result < 0:
             made_for_call = {"x": x, "topk_weights": topk_weights, "topk_ids": topk_ids, "output": output}
-            raise ValueError(_refusal(result, made_for_call, slot_of_expert, num_slots))
+
+            def unknown() -> str:
+                return (
+                    f"slot_of_expert holds {int(slot_of_expert.max())}, {num_slots} slots have codes 0 to "
+                    f"{2 * num_slots - 1}"
+                )
+
+            raise ValueError(explain(result, made_for_call, slot_of_expert, f"{num_slots} slots", unknown))
         return output
 
 
@@ -195,17 +196,3 @@ def _fits(
         and w2.untyped_storage().nbytes() >= num_slots * rows * columns
         and slot_of_expert.untyped_storage().nbytes() >= slot_of_expert.shape[0] * 4
     )
-
-
-def _refusal(result: int, made_for_call: dict[str, torch.Tensor], slot_of_expert: torch.Tensor, num_slots: int) -> str:
-    """What a Refusal means for these tensors."""
-    if result == Refusal.UNKNOWN_EXPERT:
-        return f"topk_ids holds {int(made_for_call['topk_ids'].max())}, there are {slot_of_expert.shape[0]} experts"
-    if result == Refusal.UNKNOWN_SLOT:
-        return (
-            f"slot_of_expert holds {int(slot_of_expert.max())}, {num_slots} slots have codes 0 to {2 * num_slots - 1}"
-        )
-    if result == Refusal.MISSING_ADDRESS:
-        freed = [name for name, tensor in made_for_call.items() if tensor.numel() and not tensor.data_ptr()]
-        return f"the memory of {' and '.join(freed)} was freed"
-    return f"topk_ids {list(made_for_call['topk_ids'].shape)} or {num_slots} slots are more than 32 bits can count"

@@ -112,6 +112,17 @@ def code_bits(codes: LayerCodes) -> float:
     return (2 * sum(codes.w13_bits) + sum(codes.w2_bits)) / (6 * codes.num_experts)
 
 
+def stored_bits(shape: MoEShape, layers: Sequence[LayerCodes]) -> float:
+    """The bits that a weight of these layers' experts takes on average, with codebooks and scales."""
+    stored = sum(
+        tensor.num_bytes
+        for codes in layers
+        for expert in range(codes.num_experts)
+        for tensor in lay_out_coded(shape, codes, expert)
+    )
+    return 8 * stored / (3 * shape.hidden_size * shape.intermediate_size * shape.num_experts * len(layers))
+
+
 def describe_widths(codes: LayerCodes) -> str:
     """How many experts have codes of which widths, as `6 x 4, 2 x 5` or, where down's differ, `8 x 4/5`."""
     pairs = zip(codes.w13_bits, codes.w2_bits, strict=True)

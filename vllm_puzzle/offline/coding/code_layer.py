@@ -7,6 +7,7 @@ import torch
 
 from vllm_puzzle.format import FormatError, LayerCodes
 
+from ..merging.changes import WeightChanges, squared
 from ..merging.correction import OutputCorrection
 from ..merging.layer import Activation, ExpertWeights, LayerTokens
 from ..merging.merge_layer import Read
@@ -18,22 +19,10 @@ EmitCoded = Callable[[int, CodedExpert], None]
 
 
 @dataclass
-class CodingStatistics:
-    """Sums over the weights of coded experts."""
+class CodingStatistics(WeightChanges):
+    """Sums over the weights of coded experts, and how many there are."""
 
     weights: int = 0
-    squared_error: float = 0.0
-    squared_weight: float = 0.0
-
-    def add(self, other: "CodingStatistics") -> None:
-        self.weights += other.weights
-        self.squared_error += other.squared_error
-        self.squared_weight += other.squared_weight
-
-    @property
-    def relative_error(self) -> float:
-        """`||W' - W||^2 / ||W||^2`."""
-        return self.squared_error / self.squared_weight if self.squared_weight else 0.0
 
 
 def code_layer(
@@ -70,9 +59,9 @@ def code_layer(
         saliency = measure_saliency(experts, expert, routed, full=routed is not None)
         coded = code_expert(experts, expert, (codes.w13_bits[expert], codes.w2_bits[expert]), saliency, correction)
         for matrix, source in zip(coded.matrices(), experts.matrices(expert), strict=True):
-            statistics.add(
-                CodingStatistics(source.numel(), _squared(matrix.float() - source.float()), _squared(source))
-            )
+            statistics.squared_error += squared(matrix.float() - source.float())
+            statistics.squared_weight += squared(source.float())
+            statistics.weights += source.numel()
         emit(expert, coded)
         experts.drop(expert)
     return statistics
@@ -86,8 +75,3 @@ def _check_finite(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> Non
             raise FormatError(
                 f"{name}{index} is {matrix[tuple(index)].item()}: codes stand for finite numbers; repair the tensor"
             )
-
-
-def _squared(matrix: torch.Tensor) -> float:
-    # Row by row, so that the sum does not depend on how many threads there are.
-    return float(matrix.float().square().sum(dim=1).sum(dtype=torch.float64))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..merging.compensation import inverse_factor
 from . import compiled, loops
 from .table import Table
 
@@ -40,8 +41,7 @@ class Moments:
         order = diagonal.argsort(descending=True, stable=True)
         damped = moments[order][:, order] / diagonal.mean().clamp(min=_TINY)
         damped.diagonal().add_(_DAMPING)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return cls(order, damped, torch.linalg.cholesky(inverse, upper=True).contiguous())
+        return cls(order, damped, inverse_factor(damped).contiguous())
 
     @property
     def costs(self) -> torch.Tensor:

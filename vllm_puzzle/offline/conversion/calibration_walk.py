@@ -1,11 +1,12 @@
 """The path of the calibration tokens through the decoder layers, one layer after the other."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from ..merging.layer import Experts, ExpertWeights, LayerTokens
 from .calibration import Calibrator
+from .job import Setup
 
 
 class CalibrationWalk:
@@ -82,3 +83,25 @@ class CalibrationWalk:
         assert self._merged is not None
         self._merged.add(tokens.routed.through(merged))
         self._merged.check_finite(layer)
+
+
+def survey_layers(
+    setup: Setup, advance: Callable[[int], None]
+) -> Iterator[tuple[int, ExpertWeights, LayerTokens | None]]:
+    """Every MoE layer of the source with its experts and what they see, before anything is converted.
+
+    Runs the calibration tokens through the source model; without a text there are none.
+
+    Args:
+        advance: told of each decoder layer that is done.
+
+    Raises:
+        CheckpointError: a layer does not fit transformers' own model, or has an element that cannot be stored.
+    """
+    walk = None if setup.calibrator is None else CalibrationWalk(setup.calibrator)
+    for layer in setup.decoder_layers:
+        experts = setup.read_experts(layer)
+        tokens = None if walk is None else walk.enter(layer, experts)
+        if experts is not None:
+            yield layer, experts, tokens
+        advance(layer)

@@ -10,7 +10,7 @@ from ..coding.budget import expert_bytes, hardly_seen, spend_bits
 from ..coding.losses import estimate_coding_losses
 from ..merging.layer import ExpertWeights, LayerTokens
 from ..merging.saliency import measure_saliency
-from .calibration_walk import CalibrationWalk
+from .calibration_walk import survey_layers
 from .job import Setup
 
 
@@ -32,17 +32,12 @@ def choose_bits(
     Raises:
         CheckpointError: a layer does not fit transformers' own model, or an element cannot be stored.
     """
-    walk = None if setup.calibrator is None else CalibrationWalk(setup.calibrator)
     losses: dict[int, list[dict[int, float]]] = {}
     rare: dict[int, list[int]] = {}
-    for layer in setup.decoder_layers:
-        experts = setup.read_experts(layer)
-        tokens = None if walk is None else walk.enter(layer, experts)
-        if experts is not None:
-            losses[layer] = [_estimate(experts, expert, tokens) for expert in range(experts.num_experts)]
-            if tokens is not None:
-                rare[layer] = hardly_seen(tokens.routed, experts.num_experts)
-        advance(layer)
+    for layer, experts, tokens in survey_layers(setup, advance):
+        losses[layer] = [_estimate(experts, expert, tokens) for expert in range(experts.num_experts)]
+        if tokens is not None:
+            rare[layer] = hardly_seen(tokens.routed, experts.num_experts)
     sizes = expert_bytes(setup.shape.hidden_size, setup.shape.intermediate_size)
     codes = spend_bits(losses, bits, sizes, even, rare)
     lost = {

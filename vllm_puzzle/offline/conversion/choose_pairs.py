@@ -10,7 +10,7 @@ from vllm_puzzle.format import LayerSlots
 from ..merging.layer import ExpertWeights, LayerTokens
 from ..merging.pair_loss import Mates, estimate_pairs
 from ..merging.recipe import Recipe
-from .calibration_walk import CalibrationWalk
+from .calibration_walk import survey_layers
 from .job import Setup
 from .pairing import PairBudget, draw_mates, draw_slots, layer_slots, list_candidates, match_pairs, spend_budget
 
@@ -42,15 +42,11 @@ def choose_pairs(
         CheckpointError: a layer does not fit transformers' own model, or no word holds an element.
     """
     generator = random.Random(setup.options.seed)
-    walk = None if setup.calibrator is None else CalibrationWalk(setup.calibrator)
-    mates: dict[int, list[Mates]] = {}
-    for layer in setup.decoder_layers:
-        experts = setup.read_experts(layer)
-        tokens = None if walk is None else walk.enter(layer, experts)
-        if experts is not None:
-            mates[layer] = _choose_mates(recipe, budget, experts, tokens, generator)
-        advance(layer)
-    mates = spend_budget(budget.total, mates)
+    candidates = {
+        layer: _choose_mates(recipe, budget, experts, tokens, generator)
+        for layer, experts, tokens in survey_layers(setup, advance)
+    }
+    mates = spend_budget(budget.total, candidates)
     num_experts = setup.shape.num_experts
     slots = {
         layer: layer_slots(layer, num_experts, [each.experts for each in chosen]) for layer, chosen in mates.items()

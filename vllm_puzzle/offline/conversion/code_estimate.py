@@ -1,7 +1,6 @@
 """How much time and memory coding experts takes."""
 
-from ..merging.layer import TOKENS_AT_ONCE
-from .estimate import Estimate, Speed
+from .estimate import BOUNDED_TEMPORARIES, SECONDS_PER_COLUMN, Estimate, Speed
 from .work import Work
 
 # Beside two rounds for the scales: passes that decide every code, each over all columns.
@@ -9,20 +8,15 @@ _CALIBRATED_PASSES, _BLIND_PASSES = 4, 1
 _SCALE_ROUNDS = 2
 # Codes that points are fitted to, of each matrix, and how often: as they start, and once more to what was wanted.
 _FITTED_CODES, _FITS, _REFITS = 1 << 18, 8, 3
-# A column takes about 15 operations, each 5 to 10 microseconds where it is launched for itself.
-_SECONDS_PER_COLUMN = 1.5e-4
-# Temporaries that are bounded whatever the model's size.
-_BLOCKS = 1 << 28
 
 
 def estimate_coding(work: Work, speed: Speed, bits: float, calibrated: bool, surveys: bool) -> Estimate:
     """What coding costs; see `Method.estimate`. `bits` are those of codes a weight."""
-    shape, num_tokens = work.shape, work.num_tokens
+    shape = work.shape
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, len(shape.moe_layers)
-    expert, num_experts = 3 * hidden * inner, shape.num_experts * layers
+    expert, num_experts = work.expert_weights, shape.num_experts * layers
     weights = num_experts * expert
-    routed = num_tokens * work.top_k * layers
-    through = 2 * routed * expert + 2 * num_tokens * work.dense_weights
+    routed, through = work.routed, work.through
     products = 2.0 * through
     # Losses of element pairs that finding the nearest of the points takes as long as.
     nearest = 0.18 + 2 ** (2 * bits) / 380
@@ -43,20 +37,17 @@ def estimate_coding(work: Work, speed: Speed, bits: float, calibrated: bool, sur
         products += num_experts * 6 * (2 * inner * hidden**2 + hidden * inner**2)
         if work.on_gpu:
             columns = passes * num_experts * (hidden + inner)
-    seconds = products / speed.products + elements / speed.elements + columns * _SECONDS_PER_COLUMN
+    seconds = products / speed.products + elements / speed.elements + columns * SECONDS_PER_COLUMN
     return Estimate(seconds, _memory(work, calibrated, surveys), weights)
 
 
 def _memory(work: Work, calibrated: bool, surveys: bool) -> int:
     hidden, inner, num_tokens = work.shape.hidden_size, work.shape.intermediate_size, work.num_tokens
-    expert = 3 * hidden * inner
-    # The hidden states, what enters the experts and their output in float32; where tokens go.
-    paths = 2 if calibrated else 1
-    tokens = num_tokens * hidden * (2 * paths + 2 + 4 * paths) + num_tokens * work.top_k * 12
-    tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
+    expert = work.expert_weights
+    tokens = work.token_bytes(paths=2 if calibrated else 1)
     whole = work.layer_bytes if surveys else 0
     # An expert as it is read, and gate and up in float32 with what they should become, several times.
-    coding = expert * 2 + expert * 4 * 6 + _BLOCKS
+    coding = expert * 2 + expert * 4 * 6 + BOUNDED_TEMPORARIES
     if calibrated:
         # The coded layer; an expert's moments in several states; what its output loses, for which all tokens may have
         # been routed to it.

@@ -1,13 +1,13 @@
 """Coded experts: how a conversion spends its bits, codes the experts and describes them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from vllm_puzzle.format import CODE_BITS, LayerCodes, coded_tensors
 
-from ..checkpoints.coded import code_bits, lay_out_coded
+from ..checkpoints.coded import code_bits, lay_out_coded, stored_bits
 from ..checkpoints.expert_tensors import layer_names
 from ..checkpoints.families import MoEShape
 from ..checkpoints.shards import TensorLayout
@@ -170,24 +170,23 @@ class CodeMethod(Method):
             "coded_layers": list(layouts),
         }
 
-    def manifest(self, setup: Setup, reports: Iterable[LayerReport]) -> dict[str, Any]:
-        entries = [report.to_manifest() for report in _told(setup, reports)]
+    def manifest(self, reports: Sequence[LayerReport]) -> dict[str, Any]:
+        entries = [report.to_manifest() for report in cast(Sequence[CodeReport], reports)]
         return {"manifest_version": 2, "coded_layers": entries}
 
-    def card(self, setup: Setup, reports: Iterable[LayerReport]) -> CardSections:
-        told, shape = _told(setup, reports), setup.shape
-        stored = sum(tensor.num_bytes for report in told for tensor in self.lay_out(shape, report.codes))
-        weights = 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts * len(told)
+    def card(self, setup: Setup, reports: Sequence[LayerReport]) -> CardSections:
+        coded = cast(Sequence[CodeReport], reports)
+        stored = stored_bits(setup.shape, [report.codes for report in coded])
         widths = "one width of codes a layer" if self.even else "widths of codes by layer and expert"
         if not self.surveys:
             widths = "one width of codes"
         rows = (
             ("rule", f"`{self.rule}`"),
             ("bits a weight asked for", f"{self.bits:g}, {widths}"),
-            ("bits a weight stored", f"{8 * stored / weights:.2f}, with codebooks and scales"),
+            ("bits a weight stored", f"{stored:.2f}, with codebooks and scales"),
             calibration_row(setup),
         )
-        return CardSections(_SUMMARY, rows, describe_changes(told))
+        return CardSections(_SUMMARY, rows, describe_changes(coded))
 
     @property
     def num_pairs(self) -> int:
@@ -200,10 +199,3 @@ class CodeMethod(Method):
     def expert_bytes(self, shape: MoEShape) -> int:
         sizes = expert_bytes(shape.hidden_size, shape.intermediate_size)
         return round(bytes_at(self.bits, sizes) * shape.num_experts * len(shape.moe_layers))
-
-
-def _told(setup: Setup, reports: Iterable[LayerReport]) -> list[CodeReport]:
-    """What is told of the layers."""
-    coded = cast(Iterable[CodeReport], reports)
-    # Without tokens there is no residual stream that a loss could be compared with.
-    return [replace(each, loss=None) for each in coded] if setup.calibration is None else list(coded)

@@ -1,7 +1,7 @@
 """What coding did to the experts of a layer, and how the manifest and the model card tell it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_puzzle.format import LayerCodes
@@ -9,6 +9,7 @@ from vllm_puzzle.format import LayerCodes
 from ..checkpoints.coded import code_bits, describe_widths
 from ..checkpoints.manifest import CodedLayerEntry
 from ..coding.code_layer import CodingStatistics
+from ..merging.changes import WeightChanges
 from .method import LayerReport
 
 _CHANGES = """\
@@ -41,8 +42,11 @@ class CodeReport(LayerReport):
         return cls(LayerCodes(**content["codes"]), CodingStatistics(**content["statistics"]))
 
     @property
-    def squares(self) -> tuple[float, float]:
-        return self.statistics.squared_error, self.statistics.squared_weight
+    def changes(self) -> WeightChanges:
+        return self.statistics
+
+    def without_loss(self) -> "CodeReport":
+        return replace(self, loss=None)
 
     def to_manifest(self) -> CodedLayerEntry:
         return CodedLayerEntry(

@@ -13,6 +13,11 @@ from .method import Method
 MINUTES_PER_BILLION_WEIGHTS = 60.0
 MINUTES_IN_ALL = 15.0
 
+# A column takes about 15 operations, each 5 to 10 microseconds where they are launched one by one.
+SECONDS_PER_COLUMN = 1.5e-4
+# Temporaries in bytes that are bounded whatever the model's size.
+BOUNDED_TEMPORARIES = 1 << 28
+
 # Products of a probe that keeps a CPU busy for some 0.1 s; elementwise work for as long.
 _PROBE_SIZE = 1024
 _ELEMENTS = 1 << 22

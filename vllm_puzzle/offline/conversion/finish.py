@@ -10,6 +10,7 @@ from ..checkpoints.expert_tensors import expected_experts
 from ..checkpoints.manifest import MANIFEST_FILE, Manifest
 from ..checkpoints.shards import TensorLayout
 from ..checkpoints.writer import CheckpointWriter
+from ..merging.changes import WeightChanges
 from ..wording import label
 from .job import Job
 from .method import LayerReport
@@ -32,6 +33,9 @@ def finish_checkpoint(
         name: what the model card calls the checkpoint.
     """
     checkpoint = job.checkpoint
+    if job.calibration is None:
+        # Without tokens a loss tells the experts of a layer apart, but there is no residual stream to compare it with.
+        reports = [report.without_loss() for report in reports]
     shards = [shard for unit in units for shard in unit.shards]
     quantization = _describe_quantization(job, units, results)
     result = _sum_up(job, [tensor for shard in shards for tensor in shard.tensors], reports)
@@ -40,7 +44,7 @@ def finish_checkpoint(
     manifest = Manifest(
         tool_version=vllm_puzzle.__version__,
         shards=[entry for each in results for entry in each.shards],
-        **job.method.manifest(job, reports),
+        **job.method.manifest(reports),
     )
     writer.add_json(MANIFEST_FILE, manifest.to_json())
     writer.add_copies(checkpoint.path, checkpoint.other_files())
@@ -71,12 +75,14 @@ def _describe_quantization(
 
 
 def _sum_up(job: Job, written: Sequence[TensorLayout], reports: Sequence[LayerReport]) -> ConvertResult:
-    errors, weights = (sum(each) for each in zip(*(report.squares for report in reports), strict=True))
+    total = WeightChanges()
+    for report in reports:
+        total.add(report.changes)
     before = job.checkpoint.tensors
     return ConvertResult(
         expert_bytes_before=sum(before[name].num_bytes for name in expected_experts(job.shape)),
         expert_bytes_after=sum(tensor.num_bytes for tensor in written if parse_expert_name(tensor.name)),
         checkpoint_bytes_before=job.checkpoint.num_bytes,
         checkpoint_bytes_after=sum(tensor.num_bytes for tensor in written),
-        relative_error=errors / weights if weights else 0.0,
+        relative_error=total.relative_error,
     )

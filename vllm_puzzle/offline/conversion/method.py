@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from vllm_puzzle.format import LayerCodes, LayerSlots
 
 from ..checkpoints.families import MoEShape
 from ..checkpoints.shards import TensorLayout
+from ..merging.changes import WeightChanges
 from ..merging.layer import ExpertWeights, LayerTokens
 
 if TYPE_CHECKING:
@@ -43,8 +44,12 @@ class LayerReport(ABC):
 
     @property
     @abstractmethod
-    def squares(self) -> tuple[float, float]:
-        """The squared change of the converted weights, and their squared sum."""
+    def changes(self) -> WeightChanges:
+        """What it did to the weights."""
+
+    @abstractmethod
+    def without_loss(self) -> LayerReport:
+        """The same without what was estimated."""
 
 
 class Choices(ABC):
@@ -188,11 +193,11 @@ class Method(ABC):
         """The fields of `PuzzleMoEQuantizationConfig` that say how the experts are stored."""
 
     @abstractmethod
-    def manifest(self, setup: Setup, reports: Iterable[LayerReport]) -> dict[str, Any]:
+    def manifest(self, reports: Sequence[LayerReport]) -> dict[str, Any]:
         """The fields of `Manifest` that say what was done to the layers."""
 
     @abstractmethod
-    def card(self, setup: Setup, reports: Iterable[LayerReport]) -> CardSections:
+    def card(self, setup: Setup, reports: Sequence[LayerReport]) -> CardSections:
         """What a model card says of this method."""
 
     @property

@@ -1,26 +1,19 @@
 """How much time and memory merging pairs takes."""
 
-from ..merging.layer import TOKENS_AT_ONCE
 from ..merging.recipe import Recipe
-from .estimate import Estimate, Speed
+from .estimate import BOUNDED_TEMPORARIES, SECONDS_PER_COLUMN, Estimate, Speed
 from .pairing import PairBudget
 from .work import Work
-
-# A column takes about 15 operations, each 5 to 10 microseconds on a device that is limited by launching them.
-_SECONDS_PER_COLUMN = 1.5e-4
-# Temporaries that are bounded whatever the model's size.
-_BLOCKS = 1 << 28
 
 
 def estimate_merging(recipe: Recipe, budget: PairBudget, work: Work, speed: Speed) -> Estimate:
     """What merging pairs costs; see `Method.estimate`."""
-    shape, pairs, num_tokens = work.shape, budget.total, work.num_tokens
+    shape, pairs = work.shape, budget.total
     hidden, inner = shape.hidden_size, shape.intermediate_size
     layers = len(shape.moe_layers)
-    expert = 3 * hidden * inner
+    expert = work.expert_weights
     weights = shape.num_experts * layers * expert
-    routed = num_tokens * work.top_k * layers
-    through = 2 * routed * expert + 2 * num_tokens * work.dense_weights
+    routed, through = work.routed, work.through
     products = 2.0 * through
     elements = float(2 * weights)
     columns = 0
@@ -41,21 +34,18 @@ def estimate_merging(recipe: Recipe, budget: PairBudget, work: Work, speed: Spee
         columns += pairs * (hidden + inner)
     if recipe.align:
         elements += 3 * hidden * float(inner) ** 2 * pairs
-    seconds = products / speed.products + elements / speed.elements + columns * _SECONDS_PER_COLUMN
+    seconds = products / speed.products + elements / speed.elements + columns * SECONDS_PER_COLUMN
     return Estimate(seconds, _memory(recipe, budget, work), weights)
 
 
 def _memory(recipe: Recipe, budget: PairBudget, work: Work) -> int:
     hidden, inner, num_tokens = work.shape.hidden_size, work.shape.intermediate_size, work.num_tokens
-    expert = 3 * hidden * inner
-    # The hidden states, what enters the experts and their output in float32; where tokens go.
-    paths = 2 if recipe.rule.sequential else 1
-    tokens = num_tokens * hidden * (2 * paths + 2 + 4 * paths) + num_tokens * work.top_k * 12
-    tokens += min(num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
+    expert = work.expert_weights
+    tokens = work.token_bytes(paths=2 if recipe.rule.sequential else 1)
     # Choosing pairs reads a whole layer; merging maps two experts of it and makes their words, two bytes for every
     # weight of one expert, and running tokens through it takes less.
     whole = work.layer_bytes if recipe.chooses(budget.all_paired) else 0
-    merging = 3 * expert * 2 + _BLOCKS
+    merging = 3 * expert * 2 + BOUNDED_TEMPORARIES
     if recipe.align:
         # Magnitudes and costs of every weight of two experts, and the loss of every neuron with every other.
         merging += 2 * expert * 4 * 2 + inner**2 * 12

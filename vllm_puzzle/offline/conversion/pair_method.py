@@ -1,6 +1,6 @@
 """Pairs of experts that share their words: how a conversion chooses, merges and describes them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -173,10 +173,10 @@ class PairMethod(Method):
     def quantization(self, setup: Setup, layouts: Sequence[Layout]) -> dict[str, Any]:
         return {"max_expert_parallel": self.budget.max_expert_parallel, "layers": list(layouts)}
 
-    def manifest(self, setup: Setup, reports: Iterable[LayerReport]) -> dict[str, Any]:
-        return {"layers": [report.to_manifest() for report in _told(setup, reports)]}
+    def manifest(self, reports: Sequence[LayerReport]) -> dict[str, Any]:
+        return {"layers": [report.to_manifest() for report in cast(Sequence[PairReport], reports)]}
 
-    def card(self, setup: Setup, reports: Iterable[LayerReport]) -> CardSections:
+    def card(self, setup: Setup, reports: Sequence[LayerReport]) -> CardSections:
         provenance, ranks = self.provenance(), self.budget.max_expert_parallel
         rule = f"`{self.rule}`"
         if provenance["tau"] is not None:
@@ -190,7 +190,7 @@ class PairMethod(Method):
             calibration_row(setup),
             ("pairing", f"{provenance['pairing']}, within {ranks} rank(s) of {per_rank} experts, seed {seed}"),
         )
-        return CardSections(_SUMMARY, rows, describe_changes(_told(setup, reports)))
+        return CardSections(_SUMMARY, rows, describe_changes(cast(Sequence[PairReport], reports)))
 
     @property
     def num_pairs(self) -> int:
@@ -203,10 +203,3 @@ class PairMethod(Method):
     def expert_bytes(self, shape: MoEShape) -> int:
         slots = shape.num_experts * len(shape.moe_layers) - self.budget.total
         return slots * 3 * shape.hidden_size * shape.intermediate_size * WORD16.bits // 8
-
-
-def _told(setup: Setup, reports: Iterable[LayerReport]) -> list[PairReport]:
-    """What is told of the layers."""
-    pairs = cast(Iterable[PairReport], reports)
-    # Without tokens a loss tells the pairs of a layer apart, but there is no residual stream to compare it with.
-    return [replace(each, mates=[]) for each in pairs] if setup.calibration is None else list(pairs)

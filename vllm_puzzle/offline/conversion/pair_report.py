@@ -1,12 +1,13 @@
 """What merging did to the pairs of a layer, and how the manifest and the model card tell it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_puzzle.format import LayerSlots
 
 from ..checkpoints.manifest import LayerEntry
+from ..merging.changes import WeightChanges
 from ..merging.pair import MergeStatistics
 from ..merging.pair_loss import Mates
 from .method import LayerReport
@@ -45,8 +46,11 @@ class PairReport(LayerReport):
         return cls(LayerSlots(**content["slots"]), MergeStatistics(**content["statistics"]), mates)
 
     @property
-    def squares(self) -> tuple[float, float]:
-        return self.statistics.squared_error, self.statistics.squared_weight
+    def changes(self) -> WeightChanges:
+        return self.statistics
+
+    def without_loss(self) -> "PairReport":
+        return replace(self, mates=[])
 
     def to_manifest(self) -> LayerEntry:
         return LayerEntry(

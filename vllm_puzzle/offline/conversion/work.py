@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..checkpoints.expert_tensors import expected_experts
 from ..checkpoints.families import MoEShape
+from ..merging.layer import TOKENS_AT_ONCE
 from .job import Setup
 
 
@@ -28,6 +29,28 @@ class Work:
     dense_weights: int
     jobs: int = 1
     on_gpu: bool = False
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.shape.hidden_size * self.shape.intermediate_size
+
+    @property
+    def routed(self) -> int:
+        """How often a token reaches an expert, in all layers together."""
+        return self.num_tokens * self.top_k * len(self.shape.moe_layers)
+
+    @property
+    def through(self) -> int:
+        """Operations of products that carry all tokens once through the model."""
+        return 2 * self.routed * self.expert_weights + 2 * self.num_tokens * self.dense_weights
+
+    def token_bytes(self, paths: int) -> int:
+        """What the tokens take in memory on so many paths through the layers."""
+        hidden, inner = self.shape.hidden_size, self.shape.intermediate_size
+        # The hidden states, what enters the experts and their output in float32; where tokens go.
+        num_bytes = self.num_tokens * hidden * (2 * paths + 2 + 4 * paths) + self.num_tokens * self.top_k * 12
+        return num_bytes + min(self.num_tokens, TOKENS_AT_ONCE) * (6 * hidden + 8 * inner) * 4
 
 
 def measure_work(setup: Setup) -> Work:

@@ -35,8 +35,7 @@ def compensate_columns(weights: torch.Tensor, moments: torch.Tensor, rows: torch
     order = (diagonal / mean).sum(dim=0).argsort(descending=True, stable=True)
     damped = moments[:, order][:, :, order] / mean[..., None]
     damped.diagonal(dim1=1, dim2=2).add_(_DAMPING)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = inverse_factor(damped)
     # One factor per member and column: the moments were divided by their mean.
     costs = rows[..., None] * mean[..., None] / factor.diagonal(dim1=1, dim2=2).square()[:, None]
     remaining = weights[:, :, order]
@@ -59,3 +58,13 @@ def compensate_columns(weights: torch.Tensor, moments: torch.Tensor, rows: torch
     result = torch.empty_like(merged)
     result[:, :, order] = merged
     return result
+
+
+def inverse_factor(damped: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of second moments, float32 (..., columns, columns).
+
+    Its row k, divided by its diagonal element, says how the columns after k make up for an error in column k when those
+    before k are settled; the square of that element is `[H^-1]_kk` of what is then left.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)

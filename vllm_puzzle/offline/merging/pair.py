@@ -8,6 +8,7 @@ import torch
 from vllm_puzzle.format import pack, pack_single, unpack
 
 from .alignment import align_neurons, neuron_magnitudes
+from .changes import WeightChanges, squared
 from .compensation import compensate_columns
 from .correction import OutputCorrection
 from .elements import Merged, cheapest, paper_rule
@@ -20,21 +21,12 @@ _ELEMENTS_PER_BLOCK = 1 << 17
 
 
 @dataclass
-class MergeStatistics:
+class MergeStatistics(WeightChanges):
     """Sums over the elements of merged pairs; an element of a pair counts once, a weight once per member."""
 
     elements: int = 0
     shared: int = 0
     kept: int = 0
-    squared_error: float = 0.0
-    squared_weight: float = 0.0
-
-    def add(self, other: "MergeStatistics") -> None:
-        self.elements += other.elements
-        self.shared += other.shared
-        self.kept += other.kept
-        self.squared_error += other.squared_error
-        self.squared_weight += other.squared_weight
 
     @property
     def shared_fraction(self) -> float:
@@ -45,11 +37,6 @@ class MergeStatistics:
     def kept_fraction(self) -> float:
         """The share of weights that survive in their own expert."""
         return self.kept / (2 * self.elements) if self.elements else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """`||W' - W||^2 / ||W||^2` over both members."""
-        return self.squared_error / self.squared_weight if self.squared_weight else 0.0
 
 
 Packed = tuple[torch.Tensor, MergeStatistics]
@@ -114,7 +101,7 @@ class ElementRule:
         if words.device.type == "cpu" and is_compiled():
             sums = pack_rows(weights.float(), by_row, by_column, self.tau, words)
             if not sums.refused:
-                return MergeStatistics(words.numel(), sums.shared, sums.kept, sums.squared_error, sums.squared_weight)
+                return MergeStatistics(sums.squared_error, sums.squared_weight, words.numel(), sums.shared, sums.kept)
         # What was refused is refused once more here, by a sentence.
         two = self._decide(weights, by_row, by_column)
         words.copy_(pack(two.magnitude, two.held, list(torch.signbit(weights)), name=name))
@@ -198,8 +185,8 @@ def count_changes(words: torch.Tensor, sources: Sequence[torch.Tensor]) -> Merge
         weights, merged = source.float(), unpack(words, member).float()
         held.append(merged.bool())
         statistics.kept += int(held[member].count_nonzero())
-        statistics.squared_weight += _squared(weights)
-        statistics.squared_error += _squared(weights - merged)
+        statistics.squared_weight += squared(weights)
+        statistics.squared_error += squared(weights - merged)
     statistics.shared = int((held[0] & held[1]).count_nonzero())
     return statistics
 
@@ -218,11 +205,6 @@ def _row_blocks(matrix: torch.Tensor) -> Iterator[slice]:
     step = max(1, _ELEMENTS_PER_BLOCK // num_columns)
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
-
-
-def _squared(matrix: torch.Tensor) -> float:
-    # Row by row, so that the sum does not depend on how many threads there are.
-    return float(matrix.square().sum(dim=1).sum(dtype=torch.float64))
 
 
 def _sources(experts: ExpertWeights, pair: tuple[int, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -7,7 +7,7 @@ import torch
 
 from vllm_puzzle.format import LayerCodes, Strict
 
-from ..checkpoints.coded import code_bits, lay_out_coded, stored_matrices
+from ..checkpoints.coded import code_bits, lay_out_coded, stored_bits, stored_matrices
 from ..checkpoints.manifest import CodedLayerEntry
 from ..checkpoints.packed import PackedCheckpoint
 
@@ -58,16 +58,12 @@ def inspect_codes(
     packed: PackedCheckpoint, codes: LayerCodes, entry: CodedLayerEntry | None, advance: Callable[[int], None]
 ) -> CodedLayerInspection:
     """Reads one expert of a layer; `advance` is told of the bytes."""
-    stored = sum(
-        tensor.num_bytes for expert in range(codes.num_experts) for tensor in lay_out_coded(packed.shape, codes, expert)
-    )
-    weights = 3 * packed.shape.hidden_size * packed.shape.intermediate_size * codes.num_experts
     return CodedLayerInspection(
         layer=codes.layer,
         w13_bits=codes.w13_bits,
         w2_bits=codes.w2_bits,
         bits=code_bits(codes),
-        stored_bits=8 * stored / weights,
+        stored_bits=stored_bits(packed.shape, [codes]),
         codebooks=list(_codebooks(packed, codes, advance)),
         estimated_loss=None if entry is None else entry.estimated_loss,
         relative_error=None if entry is None else entry.relative_error,
