@@ -42,7 +42,7 @@ def routed(experts: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
 
 
 def run_whole_model(path: Path, token_ids: torch.Tensor, shape: MoEShape) -> WholeModel:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     calls: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in shape.moe_layers}
     leaving: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     for layer in shape.moe_layers:

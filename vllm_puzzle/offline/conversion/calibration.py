@@ -11,7 +11,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.finite import check_finite, is_finite
 from ..checkpoints.source import SourceCheckpoint
 from ..errors import CheckpointError, reason_of
-from ..merging.layer import RoutedTokens, split_tokens
+from ..merging.layer import RoutedTokens, computing_dtype, split_tokens
 from .calibration_text import EMBEDDING
 from .stand_ins import Recorder, SilentExperts, SilentWeighedExperts
 
@@ -26,7 +26,8 @@ _MEND = "; correct config.json"
 class HiddenStates:
     """The residual stream of the calibration tokens between two decoder layers.
 
-    `states` is bfloat16 (num_sequences, sequence_length, hidden_size), and is changed in place.
+    `states` is bfloat16 (num_sequences, sequence_length, hidden_size), whatever layers compute in, and is changed in
+    place.
     """
 
     def __init__(self, states: torch.Tensor) -> None:
@@ -86,6 +87,7 @@ class Calibrator:
         self._checkpoint = checkpoint
         self._shape = checkpoint.shape
         self._device = device
+        self._computing = computing_dtype(device)
         self._model = _with_rotary_embeddings(model, checkpoint, device)
         self._names = [self._match_names(layer) for layer in range(len(self._model.layers))]
         self.left_out.sort()
@@ -135,7 +137,7 @@ class Calibrator:
         self._model.layers, self._model.norm = nn.ModuleList(recorders), nn.Identity()
         for sequence in states.split(1):
             try:
-                self._model(inputs_embeds=sequence, use_cache=False)
+                self._model(inputs_embeds=sequence.to(self._computing), use_cache=False)
             except Exception as error:
                 raise CheckpointError(f"transformers' own model does not run: {reason_of(error)}{_MEND}") from None
             # Some models scale their embeddings.
@@ -161,7 +163,7 @@ class Calibrator:
         for index in range(len(hidden.states)):
             states = hidden.states[index : index + 1]
             try:
-                states.copy_(self._module(states, **self._arguments[layer]))
+                states.copy_(self._module(states.to(self._computing), **self._arguments[layer]))
             except Exception as error:
                 raise CheckpointError(
                     f"layer {layer} of transformers' own model does not run: {reason_of(error)}{_MEND}"
@@ -201,9 +203,9 @@ class Calibrator:
         self._loaded = layer
 
     def _dtype(self, name: str) -> torch.dtype:
-        """What transformers itself loads a tensor as, in a model of bfloat16."""
+        """What a tensor is loaded as: as transformers does in a model of bfloat16, or all in float32."""
         in_float32 = any(part in name for part in self._model._keep_in_fp32_modules_strict)
-        return torch.float32 if in_float32 else torch.bfloat16
+        return torch.float32 if in_float32 else self._computing
 
 
 def _with_rotary_embeddings(causal: Any, checkpoint: Checkpoint, device: torch.device) -> Any:

@@ -23,7 +23,8 @@ class SilentExperts(nn.Module):
     """Replaces a layer's routed experts: records what enters them, and returns zeros.
 
     A decoder layer adds its experts' output to everything else, so its output is then that without its experts.
-    `calls` are (hidden (num_tokens, hidden_size), expert ids and float32 router weights (num_tokens, top_k)) each.
+    `calls` are (bfloat16 hidden (num_tokens, hidden_size), expert ids and float32 router weights (num_tokens, top_k))
+    each.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class SilentExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        self.calls.append((hidden_states, top_k_index, top_k_weights.float()))
+        self.calls.append((hidden_states.to(torch.bfloat16), top_k_index, top_k_weights.float()))
         return torch.zeros_like(hidden_states)
 
 

@@ -12,6 +12,11 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 TOKENS_AT_ONCE = 8192
 
 
+def computing_dtype(device: torch.device) -> torch.dtype:
+    """What tokens are computed in: float32 on a CPU, since many have no products of bfloat16, bfloat16 elsewhere."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def split_tokens(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of at most TOKENS_AT_ONCE rows each, of a tensor with one row a token."""
     return rows.split(TOKENS_AT_ONCE)
@@ -79,8 +84,8 @@ class ExpertWeights:
 class RoutedTokens:
     """What enters a layer's experts, and where the router sends it.
 
-    `hidden` is (num_tokens, hidden_size) in the model's dtype; `topk_ids` int64 and `topk_weights` float32 are
-    (num_tokens, top_k).
+    `hidden` is (num_tokens, hidden_size), kept in bfloat16 and computed with in `computing_dtype`; `topk_ids` int64 and
+    `topk_weights` float32 are (num_tokens, top_k).
     """
 
     hidden: torch.Tensor
@@ -99,7 +104,7 @@ class RoutedTokens:
         """`of(expert)` in parts of at most TOKENS_AT_ONCE, each with its rows of `hidden`: positions, weights, rows."""
         for tokens, weights in zip(*map(split_tokens, self.of(expert)), strict=True):
             if len(tokens):
-                yield tokens, weights, self.hidden[tokens]
+                yield tokens, weights, self.hidden[tokens].to(computing_dtype(tokens.device))
 
     def through(self, experts: Experts) -> torch.Tensor:
         """The sum of the chosen experts' outputs times their router weights, float32 (num_tokens, hidden_size)."""

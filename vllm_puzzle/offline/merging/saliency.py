@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .layer import Activation, ExpertWeights, RoutedTokens, split_tokens
+from .layer import Activation, ExpertWeights, RoutedTokens, computing_dtype, split_tokens
 
 # Tokens of the whole layer, which are used where an expert's own are few.
 _SHARED_TOKENS = 1024
@@ -133,7 +133,7 @@ def measure_saliency(experts: ExpertWeights, expert: int, routed: RoutedTokens |
         own.add(rows, weights)
         count += len(rows)
     step = max(1, len(routed) // _SHARED_TOKENS)
-    for rows in split_tokens(routed.hidden[::step]):
+    for rows in split_tokens(routed.hidden[::step].to(computing_dtype(routed.hidden.device))):
         shared.add(rows, torch.ones(len(rows), device=rows.device))
     total = max(own.weight, float(routed.topk_weights.square().mean()))
     mixed = []
