@@ -72,7 +72,7 @@ struct Generic {
     // A sum waits for its own last product: one row alone gets several sums, which take turns, where there is room.
     template <int bits, int kRows>
     static void coded_rows(const CodeBlock& block, int steps, const float* a, int64_t stride, float* c) {
-        constexpr int kTurns = kRows == 1 && kLanes == 16 ? 4 : 1;
+        constexpr int kTurns = kRows == 1 ? (kLanes == 16 ? 4 : 2) : 1;
         const CodeReader<bits> reader{block.codebook};
         Floats sum[kTurns][kRows][2][kTileVectors] = {};
         const uint8_t* codes = block.codes;
