@@ -80,20 +80,22 @@ def ask(server: Server, model: Path) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Served:
-    """What a checkpoint takes, on disk and in memory, and how it replies."""
+    """What a checkpoint takes, on disk, in memory and to load, and how it replies."""
 
     expert_bytes: int
     checkpoint_bytes: int
     resident_bytes: int
+    load_s: float
     tokens_per_s: float
     answer: str
 
     def to_json(self, prefix: str, suffix: str = "") -> dict[str, Any]:
-        """Its sizes, by field."""
+        """What it takes, by field."""
         return {
             f"{prefix}expert_bytes{suffix}": self.expert_bytes,
             f"{prefix}checkpoint_bytes{suffix}": self.checkpoint_bytes,
             f"{prefix}resident_bytes{suffix}": self.resident_bytes,
+            f"{prefix}load_s{suffix}": self.load_s,
         }
 
 
@@ -102,8 +104,8 @@ def serve_and_ask(model: Path, log: Path, *options: str) -> Served:
     checkpoint = Checkpoint(model)
     with serving(model, log, "--max-model-len", "2048", *options) as server:
         answer, rate = ask(server, model)
-        resident = server.resident_bytes()
-    return Served(_expert_bytes(checkpoint), checkpoint.num_bytes, resident, rate, answer)
+        resident, load_s = server.resident_bytes(), server.load_seconds()
+    return Served(_expert_bytes(checkpoint), checkpoint.num_bytes, resident, load_s, rate, answer)
 
 
 def demo(work: Path, cache: Path, bits: float) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def _print_table(served: Mapping[str, Served]) -> None:
         ("expert bytes", lambda each: f"{each.expert_bytes:,}"),
         ("checkpoint", lambda each: f"{each.checkpoint_bytes:,}"),
         ("resident", lambda each: f"{each.resident_bytes:,}"),
+        ("loading, s", lambda each: f"{each.load_s:.2f}"),
         ("tokens/s", lambda each: f"{each.tokens_per_s:.1f}"),
     ):
         print(f"{label:14}" + "".join(f"{of(each):>16}" for each in served.values()))

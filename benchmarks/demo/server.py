@@ -1,6 +1,7 @@
 """A vLLM server for as long as a block runs."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ import psutil
 START_TIMEOUT_S = 400
 KV_CACHE_GIB = 1
 
+_LOADED = re.compile(r"Loading weights took ([0-9.]+) seconds")
+
 
 @dataclass(frozen=True)
 class Server:
@@ -24,11 +27,23 @@ class Server:
 
     base_url: str
     pid: int
+    log: Path
 
     def resident_bytes(self) -> int:
         """What its processes keep in memory, pages that they share counted once (PSS)."""
         root = psutil.Process(self.pid)
         return sum(process.memory_full_info().pss for process in [root, *root.children(recursive=True)])
+
+    def load_seconds(self) -> float:
+        """How long vLLM says that loading the weights took.
+
+        Raises:
+            RuntimeError: it says nothing of it.
+        """
+        said = _LOADED.search(self.log.read_text())
+        if said is None:
+            raise RuntimeError(f"vllm serve does not say how long it loaded weights; see {self.log}")
+        return float(said[1])
 
 
 @contextmanager
@@ -57,7 +72,7 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
         )
     try:
         _wait_until_healthy(f"http://127.0.0.1:{port}/health", server, log)
-        yield Server(f"http://127.0.0.1:{port}/v1", server.pid)
+        yield Server(f"http://127.0.0.1:{port}/v1", server.pid, log)
     finally:
         server.send_signal(signal.SIGINT)
         try:

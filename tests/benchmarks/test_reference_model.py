@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.quality.perplexity import perplexity
 from benchmarks.reference_model.build import build
 from benchmarks.reference_model.wheels import DEFAULT_CACHE, ReferenceModelError, load_dense, read_text
-from tests.plugin.checkpoints import pack_and_unpack
+from tests.plugin.checkpoints import mix, pack_and_unpack
 from tests.plugin.engine import (
     assert_same_logprobs,
     generate,
@@ -53,10 +53,12 @@ def sparse(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["all_active", pytest.param("sparse", marks=pytest.mark.slow)])
 def twins(request: pytest.FixtureRequest, cache: Path) -> tuple[Path, Path]:
-    """(packed, unpacked)."""
+    """(packed, unpacked), with packed pairs and codes in turns."""
     reference = request.getfixturevalue(request.param)
     # About two sequences: this is about the same weights on both sides, not about good ones.
-    return pack_and_unpack(reference, reference.parent, read_text("c4", cache)[:18000])
+    packed, unpacked = pack_and_unpack(reference, reference.parent, read_text("c4", cache)[:18000])
+    mix(reference, packed, unpacked, ("pairs", "even", "pairs", "uneven") * 8)
+    return packed, unpacked
 
 
 def prompts(path: Path) -> list[list[int]]:

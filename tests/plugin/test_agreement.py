@@ -42,7 +42,14 @@ def vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("vector_kernels")
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4_text"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        "qwen2_moe",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "olmoe", "llama4_text")),
+    ],
+)
 def test_packed_is_as_near_to_float32_as_unpacked(family: str, checkpoints: Checkpoints, answers: Answers) -> None:
     """In bfloat16. Kernels of different machines round at different places, and a rounding can send a token elsewhere.
 
