@@ -136,3 +136,16 @@ def test_mates_without_any_weight_are_merged_too(recipe: Recipe, routed: RoutedT
     for expert in (1, 2):
         assert bool(routed.through(packed.experts).isfinite().all())
         assert float(packed.experts.output(expert, routed.hidden).abs().max()) == 0
+
+
+@pytest.mark.parametrize("loudness", [10, 1000])
+def test_a_loud_expert_does_not_spoil_those_after_it(loudness: int, routed: RoutedTokens) -> None:
+    """What it lost is noise to them, and far more than they give themselves."""
+    experts = small_experts()
+    output = routed.through(experts)
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+    lost = loudness * noise * output.norm() / noise.norm()
+    after, alone = (merged(COMPENSATED, routed, lacking).experts for lacking in (lost, torch.zeros_like(output)))
+    for expert, down in enumerate(experts.down):
+        errors = [float((layer.down[expert] - down).norm()) for layer in (after, alone)]
+        assert errors[0] < 1.1 * errors[1]

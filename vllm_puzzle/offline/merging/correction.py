@@ -5,6 +5,9 @@ stream has drifted. Each pair, once its gate and up are merged, is asked for the
 and a share of what the layer's output lacks; what the pair then fails to give is left to the pairs after it.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 from .layer import ExpertWeights, RoutedTokens
@@ -12,6 +15,8 @@ from .saliency import ExpertStatistics
 
 # The share of what is lacking that each expert is asked for; several experts see the same token.
 _SHARE = 0.25
+# How many times what a regression on noise would explain counts as chance.
+_CHANCE = 2.0
 # Relative to the diagonal: keeps a down projection near its own weights where tokens are few or inputs alike.
 _RIDGE = 0.1
 
@@ -47,28 +52,34 @@ class OutputCorrection:
             what it will read, float32 (intermediate_size, intermediate_size).
         """
         down = self._experts.down[expert].float()
-        moment, cross = torch.zeros_like(statistics.intermediate), torch.zeros_like(down)
-        count, asked = 0, 0.0
+        moment = torch.zeros_like(statistics.intermediate)
+        lost, lacking = _Wanted(torch.zeros_like(down)), _Wanted(torch.zeros_like(down))
+        count, produced, both = 0, 0.0, 0.0
         self._lost[expert] = []
         for tokens, weights, rows in self._routed.parts(expert):
             before = self._experts.intermediate(expert, rows).float()
             after = merged.intermediate(member, rows).float()
-            lost = (before - after).to(rows.dtype) @ down.to(rows.dtype).T
-            self._lost[expert].append(lost)
-            wanted = lost * weights[:, None] + _SHARE * self._lacking[tokens]
-            read = after * weights[:, None]
+            change = (before - after).to(rows.dtype) @ down.to(rows.dtype).T
+            self._lost[expert].append(change)
+            w = weights[:, None]
+            asked, share, read = change * w, _SHARE * self._lacking[tokens], after * w
             moment += read.T @ read
-            cross += wanted.T @ read
+            lost.add(asked, read)
+            lacking.add(share, read)
             count += len(tokens)
-            asked += float(wanted.square().sum())
+            both += float((asked * share).sum())
+            produced += float(((before * w) @ down.T).square().sum())
         own, share = moment, len(moment) / (len(moment) + count)
         moment = (1 - share) * own + share * statistics.intermediate
         diagonal = moment.diagonal()
         # Above zero for an expert whose weights are all zero.
         least = (1e-3 * diagonal.mean()).clamp(min=1e-20)
         ridge = moment + torch.diag(_RIDGE * diagonal + least)
-        change = torch.linalg.solve(ridge, cross.T).T
-        return down + _bounded(change, own, cross, asked), moment
+        back = torch.linalg.solve(ridge, lacking.cross.T).T
+        trust = lacking.trust(back, own, count)
+        change = torch.linalg.solve(ridge, lost.cross.T).T + trust * back
+        asked = lost.energy + 2 * trust * both + trust**2 * lacking.energy
+        return down + _bounded(change, own, lost.cross + trust * lacking.cross, min(asked, produced)), moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
         """Counts the output of the merged expert, after `ask`, in place of the expert's own."""
@@ -78,8 +89,42 @@ class OutputCorrection:
             self._lacking.index_add_(0, tokens, (lost.float() - gained.float()) * weights[:, None])
 
 
-def _bounded(change: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, asked: float) -> torch.Tensor:
-    """A change of a down projection, shortened to what helps most where it gives more than was asked.
+@dataclass
+class _Wanted:
+    """What a change of a down projection should add to the output of an expert: sums over the expert's tokens.
+
+    `cross` is with what the projection reads, float32 (hidden_size, intermediate_size), `energy` the squared norm.
+    """
+
+    cross: torch.Tensor
+    energy: float = 0.0
+
+    def add(self, wanted: torch.Tensor, read: torch.Tensor) -> None:
+        """Adds tokens: float32 (num_tokens, hidden_size) and (num_tokens, intermediate_size)."""
+        self.cross += wanted.T @ read
+        self.energy += float(wanted.square().sum())
+
+    def trust(self, change: torch.Tensor, moment: torch.Tensor, count: int) -> float:
+        """How much of a change is more than chance, 0 to 1.
+
+        Regression on d inputs explains about d / (d + n) of what n tokens want even where that has nothing to do with
+        the inputs: see the adjusted R^2. The error of another expert that is far louder than this one is of that kind.
+
+        Args:
+            change: by regression, float32 (hidden_size, intermediate_size); its length does not matter.
+            moment: the sum over the expert's tokens of what the projection reads with itself.
+            count: how many tokens these are.
+        """
+        given, met = float(((change @ moment) * change).sum()), float((change * self.cross).sum())
+        if given <= 0 or met <= 0:
+            return 0.0
+        explained = met**2 / given
+        chance = _CHANCE * len(moment) / (len(moment) + count)
+        return max(0.0, 1 - chance * max(0.0, self.energy - explained) / explained)
+
+
+def _bounded(change: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, most: float) -> torch.Tensor:
+    """A change of a down projection, shortened to what helps most where it gives more than `most`.
 
     The regression divides by a moment that is mostly not the expert's own where its tokens are few, and can then
     overshoot by as many times as there are inputs.
@@ -87,7 +132,9 @@ def _bounded(change: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, as
     Args:
         change: float32 (hidden_size, intermediate_size).
         moment, cross: sums over the expert's own tokens of what it reads with itself and with what is wanted.
-        asked: the squared norm of what is wanted, over the same tokens.
+        most: the lesser squared norm of what is wanted, and of what the expert gives, over the same tokens.
     """
     given = float(((change @ moment) * change).sum())
-    return change if given <= asked else change * (float((change * cross).sum()) / given)
+    if given <= most:
+        return change
+    return change * min(float((change * cross).sum()) / given, math.sqrt(most / given))
