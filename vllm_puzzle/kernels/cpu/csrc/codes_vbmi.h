@@ -1,6 +1,6 @@
 // Codes of 8 bits looked up by vpermi2b of VBMI, 64 at a time: two of them read a table of 256 bytes, where one of 256
-// words takes four vpermi2w for half as many codes. By the count of codes_avx512.h that is 23 uops instead of 66 on Zen
-// 4 and 35 instead of 82 on Sapphire Rapids.
+// words takes four vpermi2w for half as many codes. Uops as counted in codes_avx512.h: 23 instead of 66 on Zen 4, 35
+// instead of 82 on Sapphire Rapids.
 #pragma once
 
 #include <type_traits>
