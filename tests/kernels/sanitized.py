@@ -1,6 +1,6 @@
 """Every CPU level over a sample of calls, with the library whose path is the argument; run under sanitizers.
 
-AMX is among the levels on every CPU with AVX512-BF16: the library given here emulates its tiles.
+AMX is among the levels on every CPU that has AVX512-VBMI: the library given here emulates its tiles.
 """
 
 import sys

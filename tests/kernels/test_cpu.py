@@ -50,9 +50,9 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
         text=True,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    # With the tiles emulated, what runs AVX512-BF16 runs the AMX kernels too.
+    # With the tiles emulated, what runs AVX512-VBMI runs the AMX kernels too.
     levels = [isa.name.lower() for isa in usable_isas() if isa is not Isa.AMX_BF16]
-    emulated = ["amx_bf16"] if Isa.AVX512_BF16 in usable_isas() else []
+    emulated = ["amx_bf16"] if Isa.AVX512_VBMI in usable_isas() else []
     assert run.stdout.split() == levels + emulated
 
 
@@ -113,14 +113,21 @@ def without_amx(isa: Isa) -> str | None:
     return "this CPU does not have it" if isa is Isa.AMX_BF16 else None
 
 
+def without_vbmi(isa: Isa) -> str | None:
+    return "this CPU does not have it" if isa in (Isa.AVX512_VBMI, Isa.AMX_BF16) else None
+
+
 def test_the_level_follows_from_the_machine_and_the_dtype() -> None:
-    assert choose_isa("auto", torch.bfloat16, without_amx) is Isa.AVX512_BF16
+    assert choose_isa("auto", torch.bfloat16, without_amx) is Isa.AVX512_VBMI
+    assert choose_isa("auto", torch.bfloat16, without_vbmi) is Isa.AVX512_BF16
     assert choose_isa("auto", torch.float16, without_amx) is Isa.PORTABLE
     assert choose_isa("avx512", torch.bfloat16, without_amx) is Isa.AVX512
     with pytest.raises(
-        EngineError, match=r"=amx_bf16 cannot be used: this CPU does not have it; .* avx512, avx512_bf16$"
+        EngineError, match=r"=amx_bf16 cannot be used: this CPU does not have it; .* avx512_bf16, avx512_vbmi$"
     ):
         choose_isa("amx_bf16", torch.bfloat16, without_amx)
+    with pytest.raises(EngineError, match=r"=avx512_vbmi cannot be used: this CPU .* can use .* avx512, avx512_bf16$"):
+        choose_isa("avx512_vbmi", torch.bfloat16, without_vbmi)
     with pytest.raises(EngineError, match="computes in bfloat16 and the model runs in float16; choose auto or port"):
         choose_isa("avx512", torch.float16, without_amx)
 

@@ -36,7 +36,8 @@ _ISA_FLAGS = {
     "isa_avx2.cpp": _AVX2,
     "isa_avx512.cpp": _AVX512,
     "isa_avx512_bf16.cpp": [*_AVX512, "-mavx512bf16"],
-    "isa_amx_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "isa_avx512_vbmi.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "isa_amx_bf16.cpp": [*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
 }
 
 

@@ -22,7 +22,8 @@ class Isa(IntEnum):
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
-    AMX_BF16 = 4
+    AVX512_VBMI = 4
+    AMX_BF16 = 5
 
 
 class IsaStatus(IntEnum):

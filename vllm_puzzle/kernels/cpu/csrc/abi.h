@@ -12,8 +12,9 @@ enum PuzzleMoeIsa : int32_t {
     PUZZLEMOE_AVX2 = 1,
     PUZZLEMOE_AVX512 = 2,
     PUZZLEMOE_AVX512_BF16 = 3,
-    PUZZLEMOE_AMX_BF16 = 4,
-    PUZZLEMOE_NUM_ISAS = 5,
+    PUZZLEMOE_AVX512_VBMI = 4,
+    PUZZLEMOE_AMX_BF16 = 5,
+    PUZZLEMOE_NUM_ISAS = 6,
 };
 
 enum PuzzleMoeIsaStatus : int32_t {

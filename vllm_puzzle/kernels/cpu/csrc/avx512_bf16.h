@@ -1,4 +1,5 @@
-// Kernels for AVX512-BF16: words or codes decoded 32 at a time, products and pair sums by vdpbf16ps.
+// Kernels for AVX512-BF16: words decoded 32 at a time, codes by `Reader` (WordReader of codes_avx512.h, or another of
+// its kind), products and pair sums by vdpbf16ps.
 #pragma once
 
 #include <immintrin.h>
@@ -12,6 +13,7 @@
 
 namespace {
 
+template <template <int bits> class Reader>
 struct Avx512Bf16 {
     using Act = uint16_t;
     static constexpr bool kDecodesInRegisters = true;
@@ -88,15 +90,19 @@ struct Avx512Bf16 {
     // Decodes one K-step of codes to `decoded`.
     template <int bits>
     static void decode_code_step(const CodeBlock& block, int step, int steps, uint16_t* decoded) {
-        const WordReader<bits> reader{block.codebook};
+        constexpr int kPairs = Reader<bits>::kPairs;
+        const Reader<bits> reader{block.codebook};
         const uint8_t* codes = block.codes + step * step_code_bytes(bits);
         prefetch_codes<bits>(block, step, steps);
 #pragma GCC unroll 16
-        for (int pair = 0; pair < kPairsPerStep; ++pair, decoded += kPairWords) {
-            __m512i first, second;
-            reader.read(codes, pair, first, second);
-            _mm512_storeu_si512(decoded, first);
-            _mm512_storeu_si512(decoded + kTileWords, second);
+        for (int pair = 0; pair < kPairsPerStep; pair += kPairs) {
+            __m512i weights[kPairs][2];
+            reader.read(codes, pair, weights);
+#pragma GCC unroll 2
+            for (int i = 0; i < kPairs; ++i, decoded += kPairWords) {
+                _mm512_storeu_si512(decoded, weights[i][0]);
+                _mm512_storeu_si512(decoded + kTileWords, weights[i][1]);
+            }
         }
     }
 
@@ -156,7 +162,8 @@ struct Avx512Bf16 {
     template <int bits, int kRows>
     static void coded_rows(const CodeBlock& block, int steps, const uint16_t* a, int64_t stride, float* c) {
         constexpr int kTurns = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
-        const WordReader<bits> reader{block.codebook};
+        constexpr int kPairs = Reader<bits>::kPairs;
+        const Reader<bits> reader{block.codebook};
         __m512 sum[kTurns][kRows][2];
         for (int turn = 0; turn < kTurns; ++turn)
             for (int r = 0; r < kRows; ++r) sum[turn][r][0] = sum[turn][r][1] = _mm512_setzero_ps();
@@ -164,14 +171,15 @@ struct Avx512Bf16 {
         for (int step = 0; step < steps; ++step, codes += step_code_bytes(bits), a += kStepColumns) {
             prefetch_codes<bits>(block, step, steps);
 #pragma GCC unroll 16
-            for (int pair = 0; pair < kPairsPerStep; ++pair) {
-                __m512i weights[2];
-                reader.read(codes, pair, weights[0], weights[1]);
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-                    const __m512i both = broadcast(a + r * stride + 2 * pair);
-                    __m512(&sums)[2] = sum[pair % kTurns][r];
-                    for (int t = 0; t < 2; ++t) sums[t] = multiply_add(sums[t], weights[t], both);
+            for (int pair = 0; pair < kPairsPerStep; pair += kPairs) {
+                __m512i weights[kPairs][2];
+                reader.read(codes, pair, weights);
+#pragma GCC unroll 16
+                for (int i = 0; i < kPairs * kRows; ++i) {
+                    const int of_pair = i / kRows, r = i % kRows;
+                    const __m512i both = broadcast(a + r * stride + 2 * (pair + of_pair));
+                    __m512(&sums)[2] = sum[(pair + of_pair) % kTurns][r];
+                    for (int t = 0; t < 2; ++t) sums[t] = multiply_add(sums[t], weights[of_pair][t], both);
                 }
             }
         }
@@ -244,9 +252,11 @@ struct Avx512Bf16 {
     static const DenseTable kDense;
 };
 
-const Avx512Bf16::PackedTable Avx512Bf16::kPacked =
-    Avx512Bf16::make_packed(std::make_integer_sequence<int, Avx512Bf16::kMostPacked + 1>());
-const Avx512Bf16::DenseTable Avx512Bf16::kDense =
-    Avx512Bf16::make_dense(std::make_integer_sequence<int, Avx512Bf16::kChunk>());
+template <template <int bits> class Reader>
+const typename Avx512Bf16<Reader>::PackedTable Avx512Bf16<Reader>::kPacked =
+    make_packed(std::make_integer_sequence<int, kMostPacked + 1>());
+template <template <int bits> class Reader>
+const typename Avx512Bf16<Reader>::DenseTable Avx512Bf16<Reader>::kDense =
+    make_dense(std::make_integer_sequence<int, kChunk>());
 
 }  // namespace

@@ -84,19 +84,20 @@ void puzzlemoe_order_codes(uint8_t* codes, uint8_t* scratch, int64_t rows, int64
         order(scratch + block * block_bytes, steps, codes + block * block_bytes);
 }
 
-// Bytes are looked up in four tables, low and high halves of each coordinate; words in two, each of 32 entries at least;
-// where codes are looked up one after the other, a point is one entry.
+// Bytes are looked up in four tables, low and high halves of each coordinate; words in two, each of 32 entries at
+// least; where codes are looked up one after the other, a point is one entry.
 void puzzlemoe_order_codebook(uint16_t* codebook, int32_t bits, PuzzleMoeIsa isa) {
     uint16_t points[kPoints][2];
     std::memcpy(points, codebook, sizeof(points));
-    if (lane_bits(isa) == 16) {
-        const int period = bits == 4 ? 16 : kPoints;
-        for (int which = 0; which < 2; ++which)
-            for (int i = 0; i < kPoints; ++i) codebook[which * kPoints + i] = points[i % period][which];
-    } else if (isa == PUZZLEMOE_AVX2 && bits != 8) {
+    const bool of_bytes = isa == PUZZLEMOE_AVX2 ? bits != 8 : isa >= PUZZLEMOE_AVX512_VBMI && bits == 8;
+    if (of_bytes) {
         uint8_t* tables = reinterpret_cast<uint8_t*>(codebook);
         for (int half = 0; half < 4; ++half)
             for (int i = 0; i < kPoints; ++i)
                 tables[half * kPoints + i] = uint8_t(points[i][half / 2] >> (half % 2 * 8));
+    } else if (lane_bits(isa) == 16) {
+        const int period = bits == 4 ? 16 : kPoints;
+        for (int which = 0; which < 2; ++which)
+            for (int i = 0; i < kPoints; ++i) codebook[which * kPoints + i] = points[i % period][which];
     }
 }

@@ -3,10 +3,11 @@
 // Codes of b bits are cut into blocks of 16 rows and K-steps of 32 columns, as words are (tiles.h); a K-step is 64 b
 // bytes. It decodes to two tiles: gate and up of 16 neurons, or 16 even and 16 odd outputs.
 //
-// A K-step is one or two planes. Codes of 8 bits are one plane; of the others the first plane has the low 4 bits and the
-// second the rest, so that no field crosses a byte. A plane is vectors of 32 lanes, a lane for each row and each column
-// of a pair; it holds that code's field of several neighbouring pairs of columns, the first pair lowest. Lanes are bytes
-// for the levels that look up bytes (pshufb), and 16-bit words for those that look up words (vpermw).
+// A K-step is one or two planes. Codes of 8 bits are one plane; of the others the first plane has the low 4 bits and
+// the second the rest, so that no field crosses a byte. A plane is vectors of 32 lanes, a lane for each row and each
+// column of a pair; it holds that code's field of several neighbouring pairs of columns, the first pair lowest. Lanes
+// are bytes up to AVX2, which looks up bytes (pshufb), and 16-bit words from AVX-512 on, which looks up words (vpermw),
+// or the two bytes of 8-bit codes in a word at once (vpermi2b).
 #pragma once
 
 #include "abi.h"

@@ -1,9 +1,13 @@
 // AMX: tiles of 16 rows x 32 columns of activations times tiles of decoded words, which are B operands as they lie.
 #include "avx512_bf16.h"
+#include "codes_vbmi.h"
 #include "levels.h"
 #include "tile_registers.h"
 
 namespace {
+
+// Decoding, and products that are not worth a tile.
+using ByLane = Avx512Bf16<VbmiReader>;
 
 // Tile registers go by their numbers, which the compiler's macros paste into assembly: 0 to 3 are sums, 4 and 5
 // activations, 6 and 7 weights.
@@ -25,7 +29,7 @@ struct AmxBf16 {
     static void packed(const uint16_t* words, const uint16_t* stream, const uint16_t* next, int steps,
                        const uint16_t* a, int32_t n0, int32_t n1, int64_t stride, float* c, uint16_t* scratch) {
         if (n0 + n1 <= kMostByLane) {
-            Avx512Bf16::packed(words, stream, next, steps, a, n0, n1, stride, c, scratch);
+            ByLane::packed(words, stream, next, steps, a, n0, n1, stride, c, scratch);
             return;
         }
         uint16_t* ring[2] = {n0 ? scratch : nullptr, n1 ? scratch + kRing * kStepWords : nullptr};
@@ -37,8 +41,8 @@ struct AmxBf16 {
         for (int step = 0; step < steps + kLead; ++step) {
             if (step < steps) {
                 const int64_t place = int64_t(step % kRing) * kStepWords;
-                Avx512Bf16::decode_step(words, stream, next, step, steps, n0 ? ring[0] + place : nullptr,
-                                        n1 ? ring[1] + place : nullptr);
+                ByLane::decode_step(words, stream, next, step, steps, n0 ? ring[0] + place : nullptr,
+                                    n1 ? ring[1] + place : nullptr);
             }
             const int ready = step - kLead;
             if (ready < 0) continue;
@@ -67,7 +71,7 @@ struct AmxBf16 {
     }
 
     static void decode(const uint16_t* words, const uint16_t* next, int steps, uint16_t* d0, uint16_t* d1) {
-        Avx512Bf16::decode(words, next, steps, d0, d1);
+        ByLane::decode(words, next, steps, d0, d1);
     }
 
     static bool takes_coded(int32_t n) { return n <= kTileRows; }
@@ -77,14 +81,14 @@ struct AmxBf16 {
     static void coded(const CodeBlock& block, int steps, const uint16_t* a, int n, int64_t stride, float* c,
                       uint16_t* ring) {
         if (n <= kMostByLane) {
-            Avx512Bf16::coded<bits>(block, steps, a, n, stride, c, ring);
+            ByLane::coded<bits>(block, steps, a, n, stride, c, ring);
             return;
         }
         TILE_ZERO(0);
         TILE_ZERO(1);
         for (int step = 0; step < steps + kLead; ++step) {
             if (step < steps)
-                Avx512Bf16::decode_code_step<bits>(block, step, steps, ring + int64_t(step % kRing) * kStepWords);
+                ByLane::decode_code_step<bits>(block, step, steps, ring + int64_t(step % kRing) * kStepWords);
             const int ready = step - kLead;
             if (ready < 0) continue;
             const uint16_t* tiles = ring + int64_t(ready % kRing) * kStepWords;
@@ -100,7 +104,7 @@ struct AmxBf16 {
 
     template <int bits>
     static void decode_codes(const CodeBlock& block, int steps, uint16_t* decoded) {
-        Avx512Bf16::decode_codes<bits>(block, steps, decoded);
+        ByLane::decode_codes<bits>(block, steps, decoded);
     }
 
     // Rows past n are read (kSpareRows) and their sums left unused.
@@ -114,7 +118,7 @@ struct AmxBf16 {
         TILE_ZERO(3);
         for (int step = 0; step < steps; ++step) {
             const uint16_t* tile = decoded + int64_t(step) * kStepWords;
-            Avx512Bf16::prefetch_step(ahead, step);
+            ByLane::prefetch_step(ahead, step);
             TILE_LOAD(6, tile, 64);
             TILE_LOAD(7, tile + kTileWords, 64);
             TILE_LOAD(4, a + step * kStepColumns, stride * 2);
@@ -140,6 +144,8 @@ struct AmxBf16 {
 namespace puzzlemoe {
 
 int64_t run_amx_bf16(const PuzzleMoeCall& call) { return Moe<AmxBf16, Pairs<AmxBf16>>(call, {call}).run(); }
-int64_t run_amx_bf16(const PuzzleMoeCodedCall& coded) { return Moe<AmxBf16, Codes<AmxBf16>>(coded.call, {coded}).run(); }
+int64_t run_amx_bf16(const PuzzleMoeCodedCall& coded) {
+    return Moe<AmxBf16, Codes<AmxBf16>>(coded.call, {coded}).run();
+}
 
 }  // namespace puzzlemoe

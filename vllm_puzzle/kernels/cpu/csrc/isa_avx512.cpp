@@ -10,10 +10,10 @@ struct CodeReader {
 
     // As in codes_portable.h.
     void read(const uint8_t* codes, int pair, Pairs32* first, Pairs32* second) const {
-        __m512i weights[2];
-        WordReader<bits>{codebook}.read(codes, pair, weights[0], weights[1]);
-        *first = Pairs32(weights[0]);
-        *second = Pairs32(weights[1]);
+        __m512i weights[1][2];
+        WordReader<bits>{codebook}.read(codes, pair, weights);
+        *first = Pairs32(weights[0][0]);
+        *second = Pairs32(weights[0][1]);
     }
 };
 

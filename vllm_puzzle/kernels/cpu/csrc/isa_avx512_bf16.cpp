@@ -3,9 +3,9 @@
 
 namespace puzzlemoe {
 
-int64_t run_avx512_bf16(const PuzzleMoeCall& call) { return Moe<Avx512Bf16, Pairs<Avx512Bf16>>(call, {call}).run(); }
-int64_t run_avx512_bf16(const PuzzleMoeCodedCall& coded) {
-    return Moe<Avx512Bf16, Codes<Avx512Bf16>>(coded.call, {coded}).run();
-}
+using Isa = Avx512Bf16<WordReader>;
+
+int64_t run_avx512_bf16(const PuzzleMoeCall& call) { return Moe<Isa, Pairs<Isa>>(call, {call}).run(); }
+int64_t run_avx512_bf16(const PuzzleMoeCodedCall& coded) { return Moe<Isa, Codes<Isa>>(coded.call, {coded}).run(); }
 
 }  // namespace puzzlemoe

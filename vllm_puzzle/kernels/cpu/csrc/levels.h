@@ -13,6 +13,8 @@ int64_t run_avx512(const PuzzleMoeCall& call);
 int64_t run_avx512(const PuzzleMoeCodedCall& call);
 int64_t run_avx512_bf16(const PuzzleMoeCall& call);
 int64_t run_avx512_bf16(const PuzzleMoeCodedCall& call);
+int64_t run_avx512_vbmi(const PuzzleMoeCall& call);
+int64_t run_avx512_vbmi(const PuzzleMoeCodedCall& call);
 int64_t run_amx_bf16(const PuzzleMoeCall& call);
 int64_t run_amx_bf16(const PuzzleMoeCodedCall& call);
 

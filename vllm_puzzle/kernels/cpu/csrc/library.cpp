@@ -38,15 +38,18 @@ bool cpu_has(PuzzleMoeIsa isa) {
     const bool avx2 = bit(b7, 5) && bit(c1, 12) && saves(0x6);
     const bool avx512 = avx2 && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31) && saves(0xE6);
     const bool avx512_bf16 = avx512 && bit(a71, 5);
+    // Every CPU with tiles has it, so beside tiles codes are read in this one way.
+    const bool avx512_vbmi = avx512_bf16 && bit(c7, 1);
     switch (isa) {
         case PUZZLEMOE_PORTABLE: return true;
         case PUZZLEMOE_AVX2: return avx2;
         case PUZZLEMOE_AVX512: return avx512;
         case PUZZLEMOE_AVX512_BF16: return avx512_bf16;
+        case PUZZLEMOE_AVX512_VBMI: return avx512_vbmi;
 #ifdef PUZZLEMOE_EMULATE_TILES
-        case PUZZLEMOE_AMX_BF16: return avx512_bf16;
+        case PUZZLEMOE_AMX_BF16: return avx512_vbmi;
 #else
-        case PUZZLEMOE_AMX_BF16: return avx512_bf16 && bit(d7, 22) && bit(d7, 24);
+        case PUZZLEMOE_AMX_BF16: return avx512_vbmi && bit(d7, 22) && bit(d7, 24);
 #endif
         default: return false;
     }
@@ -70,6 +73,7 @@ int64_t run(PuzzleMoeIsa isa, const Call& call) {
         case PUZZLEMOE_AVX2: return run_avx2(call);
         case PUZZLEMOE_AVX512: return run_avx512(call);
         case PUZZLEMOE_AVX512_BF16: return run_avx512_bf16(call);
+        case PUZZLEMOE_AVX512_VBMI: return run_avx512_vbmi(call);
         case PUZZLEMOE_AMX_BF16: return run_amx_bf16(call);
         default: return run_portable(call);
     }
