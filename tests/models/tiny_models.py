@@ -1,0 +1,48 @@
+"""Tiny random checkpoints of the configurations in tiny_configs.py, as transformers writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from tests.models.tiny_configs import MULTIMODAL, TEXT
+from tests.tiny import _COMMON, _byte_tokenizer
+
+
+def build(model_type: str, path: Path, **overrides: Any) -> Path:
+    """Writes a tiny random checkpoint with a byte-level tokenizer; returns `path`.
+
+    Router biases are random. A multimodal checkpoint has no processor.
+    """
+    if model_type in TEXT:
+        values = {**_COMMON, **TEXT[model_type], **overrides}
+    else:
+        values = {**_with_common(MULTIMODAL[model_type]), **overrides}
+    config = AutoConfig.for_model(model_type, **values)
+    torch.manual_seed(len(model_type))
+    model = _from_config(config)
+    for module in model.modules():
+        for name in ("e_score_correction_bias", "expert_bias"):
+            bias = getattr(module, name, None)
+            if isinstance(bias, torch.Tensor):
+                bias.data = 0.1 * torch.rand(bias.shape)
+    model.save_pretrained(path)
+    _byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def _with_common(values: dict[str, Any]) -> dict[str, Any]:
+    """Puts what all tiny models have in common into the text model's part, wherever that lies."""
+    if "text_config" in values:
+        return {**values, "text_config": {**_COMMON, **values["text_config"]}, "tie_word_embeddings": False}
+    return {**values, "thinker_config": _with_common(values["thinker_config"])}
+
+
+def _from_config(config: Any) -> Any:
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        # A multimodal config also has a class for text alone.
+        is_text = auto is AutoModelForCausalLM
+        if type(config) in auto._model_mapping and not (is_text and config.get_text_config() is not config):
+            return auto.from_config(config, dtype=torch.bfloat16)
+    raise ValueError(f"transformers has no model for {config.model_type}")
