@@ -11,6 +11,9 @@ from pathlib import Path
 _PACKAGES = ("vllm.model_executor.models.", "vllm.models.")
 _UTILITIES = ("vllm.model_executor.models.utils", "vllm.model_executor.models.interfaces")
 
+# Arguments of vLLM's WeightsMapper.
+_RENAMES = ("orig_to_new_prefix", "orig_to_new_substr")
+
 # An assignment is one too: some modules choose the class of a layer from a dictionary.
 Definition = ast.ClassDef | ast.FunctionDef | ast.Assign
 
@@ -32,15 +35,18 @@ class Used:
     names: dict[str, None] = field(default_factory=dict)
     attributes: set[str] = field(default_factory=set)
     calls: list[ast.Call] = field(default_factory=list)
-    # The dictionaries that rename beginnings of tensor names.
-    prefixes: list[ast.Dict] = field(default_factory=list)
+    # What is called for the attributes of `self`: submodules, by their names.
+    submodules: list[tuple[str, ast.Call]] = field(default_factory=list)
+    # The dictionaries that rename beginnings and parts of tensor names.
+    renames: list[ast.Dict] = field(default_factory=list)
 
 
 @cache
 def vllm_root() -> Path:
     """Where the installed vLLM lies; it is not imported."""
     spec = find_spec("vllm")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 
@@ -122,8 +128,11 @@ def _collect(node: ast.AST, used: Used) -> None:
         if last_name(node.func) == "isinstance":
             return
         used.calls.append(node)
-    elif isinstance(node, ast.keyword) and node.arg == "orig_to_new_prefix" and isinstance(node.value, ast.Dict):
-        used.prefixes.append(node.value)
+    elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+        if isinstance(node.value, ast.Call):
+            used.submodules.append((node.targets[0].attr, node.value))
+    elif isinstance(node, ast.keyword) and node.arg in _RENAMES and isinstance(node.value, ast.Dict):
+        used.renames.append(node.value)
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns"):
             continue

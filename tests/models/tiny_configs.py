@@ -333,6 +333,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
     },
     "aria": {
         "text_config": {
+            "model_type": "aria_text",
             "intermediate_size": INTERMEDIATE_SIZE,
             "moe_num_experts": NUM_EXPERTS,
             "moe_topk": TOP_K,

@@ -63,7 +63,7 @@ class Sources:
     names: list[str] = field(default_factory=list)
     # What holds the experts in a layer.
     blocks: list[str] = field(default_factory=list)
-    # Beginnings of names on disk, and what they become.
+    # Beginnings and parts of names on disk, and what they become.
     renames: dict[str, str] = field(default_factory=dict)
     # Where in the config the text model's may lie.
     nested: list[str] = field(default_factory=list)
@@ -134,10 +134,10 @@ def _add(sources: Sources, module: str, definition: Definition, used: Used) -> N
             _add_names(sources, [given.get(f"ckpt_{part}_proj_name") for part in ("gate", "down", "up")])
         elif name == _INNER_MODEL:
             _extend(sources.inner, _architectures(call, definition))
-        elif name and _builds_itself(module, name):
-            _extend(sources.blocks, _last_of_prefix(call))
+    blocks = [name for name, call in used.submodules if _builds_itself(module, last_name(call.func))]
+    _extend(sources.blocks, blocks)
     _extend(sources.nested, [name for name in _NESTED if name in used.attributes])
-    for mapping in used.prefixes:
+    for mapping in used.renames:
         for key, value in zip(mapping.keys, mapping.values, strict=True):
             if isinstance(key, ast.Constant):
                 sources.renames.setdefault(key.value, ast.unparse(value).strip("'"))
@@ -159,16 +159,6 @@ def _add_names(sources: Sources, parts: list[ast.expr | None]) -> None:
     constants = [part.value for part in parts if isinstance(part, ast.Constant)]
     if len(constants) == 3:
         _extend(sources.names, [", ".join(map(str, constants))])
-
-
-def _last_of_prefix(call: ast.Call) -> list[str]:
-    """`mlp` of `prefix=f"{prefix}.mlp"`."""
-    for keyword in call.keywords:
-        if keyword.arg == "prefix" and isinstance(keyword.value, ast.JoinedStr):
-            last = keyword.value.values[-1]
-            if isinstance(last, ast.Constant):
-                return [str(last.value).strip(".")]
-    return []
 
 
 @cache

@@ -1,0 +1,206 @@
+"""What we say of each class of vLLM that ends in routed experts: data, from which docs/models.md is made.
+
+Multimodal classes that hold whatever text model their config names are not here: they are listed without a word each.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the first table: one that tests run, by the name of its tiny model in tests/tiny.py."""
+
+    title: str
+    model: str
+    served: str = "tested"
+    # The number of the page's note on serving with a CPU.
+    note: int = 0
+    interpreted: bool = False
+    ranks: bool = False
+
+
+FAMILIES = (
+    Family("Mixtral", "mixtral"),
+    Family("Qwen2-MoE (Qwen1.5-MoE)", "qwen2_moe"),
+    Family("Qwen3-MoE", "qwen3_moe", interpreted=True, ranks=True),
+    Family("OLMoE", "olmoe"),
+    Family("DeepSeek-V2", "deepseek_v2", note=1),
+    Family("DeepSeek-V3", "deepseek_v3", note=1),
+    Family("GLM-4.5, 4.6", "glm4_moe"),
+    Family("Phi-3.5-MoE", "phimoe"),
+    Family("Ernie 4.5 MoE", "ernie4_5_moe", note=2),
+    Family("GraniteMoE", "granitemoe"),
+    Family("GraniteMoE hybrid (Granite 4)", "granitemoehybrid", note=3),
+    Family("Llama 4, the text model", "llama4_text"),
+    Family("Qwen3-Next", "qwen3_next", note=3),
+    Family("MiniMax-M2", "minimax_m2", served="not yet", note=4),
+)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of one class.
+
+    `word` is tested, converts, not yet or refused; `model` the tiny model that tests run; `why` the reason of a
+    refusal; `cpu` what vLLM's build for CPUs does with the model unpacked.
+    """
+
+    word: str
+    model: str = ""
+    why: str = ""
+    cpu: str = ""
+
+
+# Greedy tokens of a tiny model in float32 are those of transformers.
+_AGREES = "agrees with transformers"
+_RECURRENT = "no kernels for its recurrent layers"
+_CUDA = "needs kernels for GPUs"
+
+
+def _tested(model: str) -> Status:
+    return Status("tested", model, cpu=_AGREES)
+
+
+def _not_yet(cpu: str = "") -> Status:
+    return Status("not yet", cpu=cpu)
+
+
+def _refused(why: str, cpu: str = "") -> Status:
+    return Status("refused", why=why, cpu=cpu)
+
+
+_BESIDE = _refused("vLLM computes its experts beside the layers that a quantization reaches")
+_NO_GATE = "its experts have no gate"
+_CLAMPED = "its experts clamp what they compute (SwiGLU with a limit)"
+_SHARES_CODE = _refused("no published model of this class has experts")
+_BIASES = "its experts have biases, and gate and up lie interleaved"
+_ZERO = "its routers also choose experts without weights"
+_TWO_SIZES = "text and images have experts of their own, of two sizes in one list"
+_THREE_DIMENSIONS = "vLLM loads its experts from three-dimensional tensors alone"
+
+STATUSES: dict[str, Status] = {
+    "AfmoeForCausalLM": _not_yet(),
+    "AriaForConditionalGeneration": _not_yet(),
+    "AXK1ForCausalLM": _not_yet(),
+    "BailingMoeForCausalLM": _not_yet(),
+    "BailingMoeV2_5ForCausalLM": _not_yet(_RECURRENT),
+    "BailingMoeV2ForCausalLM": _not_yet(),
+    "BailingMoeV3ForCausalLM": _refused(_CLAMPED, _RECURRENT),
+    "BailingMoeV3VLForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
+    "BgeM3EmbeddingModel": _SHARES_CODE,
+    "ClefOmniForJointSchema": _not_yet(),
+    "Cohere2MoeForCausalLM": _not_yet(),
+    "ColBERTJinaRobertaModel": _SHARES_CODE,
+    "ColQwen3_5": _not_yet(_RECURRENT),
+    "Cosmos3EdgeForConditionalGeneration": _refused(_NO_GATE, _RECURRENT),
+    "DbrxForCausalLM": _refused("all experts of a layer lie in one two-dimensional tensor"),
+    "DeepseekForCausalLM": _not_yet(),
+    "DeepseekV2ForCausalLM": _tested("deepseek_v2"),
+    "DeepseekV32ForCausalLM": _not_yet(),
+    "DeepseekV3BidirectionalModel": _not_yet(),
+    "DeepseekV3ForCausalLM": _tested("deepseek_v3"),
+    "DeepseekV41ForCausalLM": _refused(_CLAMPED),
+    "DeepseekV4ForCausalLM": _refused(_CLAMPED),
+    "DeepseekV4ForConditionalGeneration": _refused(_CLAMPED),
+    "DiffusionGemmaForBlockDiffusion": _not_yet(),
+    "Dots3NoteForCausalLM": _not_yet(_CUDA),
+    "EmbeddingGemma2Model": _SHARES_CODE,
+    "Ernie4_5_MoeForCausalLM": _tested("ernie4_5_moe"),
+    "Ernie4_5_VLMoeForConditionalGeneration": _refused(_TWO_SIZES),
+    "ExaoneMoeForCausalLM": _not_yet(),
+    "ExaoneMoEForCausalLM": _not_yet(),
+    "FlexOlmoForCausalLM": _not_yet(),
+    "Gemma4ForCausalLM": _not_yet(),
+    "Gemma4ForConditionalGeneration": _not_yet(),
+    "Gemma4UnifiedForConditionalGeneration": _not_yet(),
+    "Glm4MoeForCausalLM": _tested("glm4_moe"),
+    "Glm4MoeLiteForCausalLM": _not_yet(),
+    "Glm4vForConditionalGeneration": _SHARES_CODE,
+    "Glm4vMoeForConditionalGeneration": _not_yet(),
+    "Glm5NextForCausalLM": _refused(_CLAMPED, _RECURRENT),
+    "Glm5NextForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
+    "GlmMoeDsaForCausalLM": _not_yet(),
+    "GlmOcrForConditionalGeneration": _SHARES_CODE,
+    "GptOssForCausalLM": _refused(_BIASES),
+    "GraniteMoeForCausalLM": _tested("granitemoe"),
+    "GraniteMoeHybridForCausalLM": _tested("granitemoehybrid"),
+    "GraniteMoeSharedForCausalLM": _not_yet(),
+    "GraniteMoeSWAForCausalLM": _not_yet(),
+    "GteModel": _SHARES_CODE,
+    "GteNewForSequenceClassification": _SHARES_CODE,
+    "GteNewModel": _SHARES_CODE,
+    "HfMoondream": _BESIDE,
+    "HunYuanMoEV1ForCausalLM": _not_yet(),
+    "HYV3ForCausalLM": _not_yet(),
+    "HYV4ForCausalLM": _refused(_CLAMPED, _CUDA),
+    "InklingForCausalLM": _not_yet(_CUDA),
+    "InklingForConditionalGeneration": _not_yet(_CUDA),
+    "InternS1ProForConditionalGeneration": _not_yet(),
+    "InternS2MobiusForConditionalGeneration": _not_yet(_RECURRENT),
+    "InternS2PreviewForConditionalGeneration": _not_yet(_RECURRENT),
+    "JambaForCausalLM": _not_yet(),
+    "JambaForSequenceClassification": _not_yet(),
+    "K2HorizonForCausalLM": _not_yet(),
+    "KimiK25ForConditionalGeneration": _not_yet(),
+    "KimiK3ForConditionalGeneration": _refused("its experts work on projected inputs", _RECURRENT),
+    "KimiLinearForCausalLM": _not_yet(_RECURRENT),
+    "KimiVLForConditionalGeneration": _not_yet(),
+    "LagunaForCausalLM": _not_yet(),
+    "Lfm2MoeForCausalLM": _not_yet(),
+    "Llama4ForCausalLM": _tested("llama4_text"),
+    "Llama4ForConditionalGeneration": _not_yet(),
+    "LongcatFlashForCausalLM": _refused(_ZERO),
+    "LongcatFlashNgramForCausalLM": _refused(_ZERO),
+    "MellumForCausalLM": _not_yet(),
+    "MiMoV2FlashForCausalLM": _not_yet(),
+    "MiMoV2ForCausalLM": _not_yet(),
+    "MiMoV2OmniForCausalLM": _not_yet(),
+    "MiniCPM3ForCausalLM": _SHARES_CODE,
+    "MiniCPMForCausalLM": _BESIDE,
+    "MiniCPMV": _SHARES_CODE,
+    "MiniCPMV4_6ForConditionalGeneration": _SHARES_CODE,
+    "MiniCPMV4_7ForConditionalGeneration": _SHARES_CODE,
+    "MiniMaxM2ForCausalLM": Status("converts", "minimax_m2", cpu="its router fails"),
+    "MiniMaxM3SparseForCausalLM": _refused(_CLAMPED),
+    "MiniMaxM3SparseForConditionalGeneration": _refused(_CLAMPED),
+    "MistralLarge3ForCausalLM": _not_yet(),
+    "MixtralForCausalLM": _tested("mixtral"),
+    "Moondream3ForCausalLM": _BESIDE,
+    "NemotronH_Nano_Omni_Reasoning_V3": _refused(_NO_GATE, _RECURRENT),
+    "NemotronH_Nano_VL_V2": _refused(_NO_GATE, _RECURRENT),
+    "NemotronH_Omni_Reasoning_V3": _refused(_NO_GATE, _RECURRENT),
+    "NemotronH_Super_Omni_Reasoning_V3": _refused(_NO_GATE, _RECURRENT),
+    "NemotronHForCausalLM": _refused(_NO_GATE, _RECURRENT),
+    "NemotronHPuzzleForCausalLM": _refused(_NO_GATE, _RECURRENT),
+    "NomicBertModel": _BESIDE,
+    "OlmoeForCausalLM": _tested("olmoe"),
+    "OpenAIPrivacyFilterForTokenClassification": _refused(_BIASES),
+    "OpenPanguVLForConditionalGeneration": _SHARES_CODE,
+    "PanguEmbeddedForCausalLM": _SHARES_CODE,
+    "PanguProMoEV2ForCausalLM": _not_yet(),
+    "PanguUltraMoEForCausalLM": _not_yet(),
+    "Param2MoEForCausalLM": _not_yet(),
+    "PhiMoEForCausalLM": _tested("phimoe"),
+    "Qwen2MoeForCausalLM": _tested("qwen2_moe"),
+    "Qwen3_5ForCausalLM": _SHARES_CODE,
+    "Qwen3_5ForConditionalGeneration": _SHARES_CODE,
+    "Qwen3_5MoeForCausalLM": _not_yet(),
+    "Qwen3_5MoeForConditionalGeneration": _not_yet(),
+    "Qwen3MoeForCausalLM": _tested("qwen3_moe"),
+    "Qwen3NextForCausalLM": _tested("qwen3_next"),
+    "Qwen3OmniMoeForConditionalGeneration": _not_yet(),
+    "Qwen3VLMoeForConditionalGeneration": _not_yet(),
+    "Qwen4ExpForCausalLM": _not_yet(_CUDA),
+    "Qwen4ExpForConditionalGeneration": _not_yet(_CUDA),
+    "RobertaForMaskedLM": _SHARES_CODE,
+    "RobertaModel": _SHARES_CODE,
+    "SarvamMLAForCausalLM": _not_yet(),
+    "SarvamMoEForCausalLM": _not_yet(),
+    "Step3p5ForCausalLM": _not_yet(),
+    "Step3TextForCausalLM": _refused(_THREE_DIMENSIONS),
+    "TransformersMoEEmbeddingModel": _not_yet(),
+    "TransformersMoEForCausalLM": _not_yet(),
+    "TransformersMoEForSequenceClassification": _not_yet(),
+    "TransformersMultiModalMoEForCausalLM": _not_yet(),
+    "XLMRobertaModel": _SHARES_CODE,
+}
