@@ -1,13 +1,18 @@
 """Tiny random checkpoints of the configurations in tiny_configs.py, as transformers writes them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from tests.models.tiny_configs import MULTIMODAL, TEXT
 from tests.tiny import _COMMON, _byte_tokenizer
+
+# Where transformers writes other names than the hub has: a part of every tensor's name, and the architecture.
+_HUB_NAMES = {"kimi_k25": ((".model.blocks.", ".model.layers."), "KimiK25ForConditionalGeneration")}
 
 
 def build(model_type: str, path: Path, **overrides: Any) -> Path:
@@ -28,8 +33,18 @@ def build(model_type: str, path: Path, **overrides: Any) -> Path:
             if isinstance(bias, torch.Tensor):
                 bias.data = 0.1 * torch.rand(bias.shape)
     model.save_pretrained(path)
+    if model_type in _HUB_NAMES:
+        _rename(path, *_HUB_NAMES[model_type])
     _byte_tokenizer().save_pretrained(path)
     return path
+
+
+def _rename(path: Path, parts: tuple[str, str], architecture: str) -> None:
+    tensors = load_file(path / "model.safetensors")
+    renamed = {name.replace(*parts): tensor for name, tensor in tensors.items()}
+    save_file(renamed, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
 
 
 def _with_common(values: dict[str, Any]) -> dict[str, Any]:
