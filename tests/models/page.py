@@ -19,7 +19,12 @@ _HEADER = (
 def page() -> str:
     """The whole page."""
     text = _TEMPLATE.read_text()
-    for mark, value in (("families", _families()), ("classes", _classes()), ("wrappers", _wrappers())):
+    for mark, value in (
+        ("families", _families()),
+        ("classes", _classes()),
+        ("dense", _dense()),
+        ("wrappers", _wrappers()),
+    ):
         text = text.replace(f"{{{mark}}}", value)
     return text
 
@@ -38,9 +43,15 @@ def _classes() -> str:
     classes = recorded()
     rows = ["| class | its experts in a layer | packed | vLLM on a CPU, unpacked |\n|---|---|---|---|\n"]
     for name, status in sorted(STATUSES.items(), key=lambda item: item[0].lower()):
+        if status.word == "dense":
+            continue
         word = f"{status.word}: {status.why}" if status.why else status.word
         rows.append(f"| {name} | {experts_on_disk(classes[name])} | {word} | {status.cpu or 'not tried'} |\n")
     return "".join(rows)
+
+
+def _dense() -> str:
+    return ", ".join(sorted((name for name, status in STATUSES.items() if status.word == "dense"), key=str.lower))
 
 
 def _wrappers() -> str:

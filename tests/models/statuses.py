@@ -41,8 +41,9 @@ FAMILIES = (
 class Status:
     """Of one class.
 
-    `word` is tested, converts, not yet or refused; `model` the tiny model that tests run; `why` the reason of a
-    refusal; `cpu` what vLLM's build for CPUs does with the model unpacked.
+    `word` is tested, converts, not yet, refused, or dense: it shares the code of others, and no published model of it
+    has experts. `model` is the tiny model that tests run, `why` the reason of a refusal, and `cpu` what vLLM does with
+    the model unpacked on a CPU.
     """
 
     word: str
@@ -72,7 +73,7 @@ def _refused(why: str, cpu: str = "") -> Status:
 _BESIDE = _refused("vLLM computes its experts beside the layers that a quantization reaches")
 _NO_GATE = "its experts have no gate"
 _CLAMPED = "its experts clamp what they compute (SwiGLU with a limit)"
-_SHARES_CODE = _refused("no published model of this class has experts")
+_DENSE = Status("dense")
 _BIASES = "its experts have biases, and gate and up lie interleaved"
 _ZERO = "its routers also choose experts without weights"
 _TWO_SIZES = "text and images have experts of their own, of two sizes in one list"
@@ -87,10 +88,10 @@ STATUSES: dict[str, Status] = {
     "BailingMoeV2ForCausalLM": _not_yet(),
     "BailingMoeV3ForCausalLM": _refused(_CLAMPED, _RECURRENT),
     "BailingMoeV3VLForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
-    "BgeM3EmbeddingModel": _SHARES_CODE,
+    "BgeM3EmbeddingModel": _DENSE,
     "ClefOmniForJointSchema": _not_yet(),
     "Cohere2MoeForCausalLM": _not_yet(),
-    "ColBERTJinaRobertaModel": _SHARES_CODE,
+    "ColBERTJinaRobertaModel": _DENSE,
     "ColQwen3_5": _not_yet(_RECURRENT),
     "Cosmos3EdgeForConditionalGeneration": _refused(_NO_GATE, _RECURRENT),
     "DbrxForCausalLM": _refused("all experts of a layer lie in one two-dimensional tensor"),
@@ -104,7 +105,7 @@ STATUSES: dict[str, Status] = {
     "DeepseekV4ForConditionalGeneration": _refused(_CLAMPED),
     "DiffusionGemmaForBlockDiffusion": _not_yet(),
     "Dots3NoteForCausalLM": _not_yet(_CUDA),
-    "EmbeddingGemma2Model": _SHARES_CODE,
+    "EmbeddingGemma2Model": _DENSE,
     "Ernie4_5_MoeForCausalLM": _tested("ernie4_5_moe"),
     "Ernie4_5_VLMoeForConditionalGeneration": _refused(_TWO_SIZES),
     "ExaoneMoeForCausalLM": _not_yet(),
@@ -115,20 +116,20 @@ STATUSES: dict[str, Status] = {
     "Gemma4UnifiedForConditionalGeneration": _not_yet(),
     "Glm4MoeForCausalLM": _tested("glm4_moe"),
     "Glm4MoeLiteForCausalLM": _not_yet(),
-    "Glm4vForConditionalGeneration": _SHARES_CODE,
+    "Glm4vForConditionalGeneration": _DENSE,
     "Glm4vMoeForConditionalGeneration": _not_yet(),
     "Glm5NextForCausalLM": _refused(_CLAMPED, _RECURRENT),
     "Glm5NextForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
     "GlmMoeDsaForCausalLM": _not_yet(),
-    "GlmOcrForConditionalGeneration": _SHARES_CODE,
+    "GlmOcrForConditionalGeneration": _DENSE,
     "GptOssForCausalLM": _refused(_BIASES),
     "GraniteMoeForCausalLM": _tested("granitemoe"),
     "GraniteMoeHybridForCausalLM": _tested("granitemoehybrid"),
     "GraniteMoeSharedForCausalLM": _not_yet(),
     "GraniteMoeSWAForCausalLM": _not_yet(),
-    "GteModel": _SHARES_CODE,
-    "GteNewForSequenceClassification": _SHARES_CODE,
-    "GteNewModel": _SHARES_CODE,
+    "GteModel": _DENSE,
+    "GteNewForSequenceClassification": _DENSE,
+    "GteNewModel": _DENSE,
     "HfMoondream": _BESIDE,
     "HunYuanMoEV1ForCausalLM": _not_yet(),
     "HYV3ForCausalLM": _not_yet(),
@@ -155,11 +156,11 @@ STATUSES: dict[str, Status] = {
     "MiMoV2FlashForCausalLM": _not_yet(),
     "MiMoV2ForCausalLM": _not_yet(),
     "MiMoV2OmniForCausalLM": _not_yet(),
-    "MiniCPM3ForCausalLM": _SHARES_CODE,
+    "MiniCPM3ForCausalLM": _DENSE,
     "MiniCPMForCausalLM": _BESIDE,
-    "MiniCPMV": _SHARES_CODE,
-    "MiniCPMV4_6ForConditionalGeneration": _SHARES_CODE,
-    "MiniCPMV4_7ForConditionalGeneration": _SHARES_CODE,
+    "MiniCPMV": _DENSE,
+    "MiniCPMV4_6ForConditionalGeneration": _DENSE,
+    "MiniCPMV4_7ForConditionalGeneration": _DENSE,
     "MiniMaxM2ForCausalLM": Status("converts", "minimax_m2", cpu="its router fails"),
     "MiniMaxM3SparseForCausalLM": _refused(_CLAMPED),
     "MiniMaxM3SparseForConditionalGeneration": _refused(_CLAMPED),
@@ -175,15 +176,15 @@ STATUSES: dict[str, Status] = {
     "NomicBertModel": _BESIDE,
     "OlmoeForCausalLM": _tested("olmoe"),
     "OpenAIPrivacyFilterForTokenClassification": _refused(_BIASES),
-    "OpenPanguVLForConditionalGeneration": _SHARES_CODE,
-    "PanguEmbeddedForCausalLM": _SHARES_CODE,
+    "OpenPanguVLForConditionalGeneration": _DENSE,
+    "PanguEmbeddedForCausalLM": _DENSE,
     "PanguProMoEV2ForCausalLM": _not_yet(),
     "PanguUltraMoEForCausalLM": _not_yet(),
     "Param2MoEForCausalLM": _not_yet(),
     "PhiMoEForCausalLM": _tested("phimoe"),
     "Qwen2MoeForCausalLM": _tested("qwen2_moe"),
-    "Qwen3_5ForCausalLM": _SHARES_CODE,
-    "Qwen3_5ForConditionalGeneration": _SHARES_CODE,
+    "Qwen3_5ForCausalLM": _DENSE,
+    "Qwen3_5ForConditionalGeneration": _DENSE,
     "Qwen3_5MoeForCausalLM": _not_yet(),
     "Qwen3_5MoeForConditionalGeneration": _not_yet(),
     "Qwen3MoeForCausalLM": _tested("qwen3_moe"),
@@ -192,8 +193,8 @@ STATUSES: dict[str, Status] = {
     "Qwen3VLMoeForConditionalGeneration": _not_yet(),
     "Qwen4ExpForCausalLM": _not_yet(_CUDA),
     "Qwen4ExpForConditionalGeneration": _not_yet(_CUDA),
-    "RobertaForMaskedLM": _SHARES_CODE,
-    "RobertaModel": _SHARES_CODE,
+    "RobertaForMaskedLM": _DENSE,
+    "RobertaModel": _DENSE,
     "SarvamMLAForCausalLM": _not_yet(),
     "SarvamMoEForCausalLM": _not_yet(),
     "Step3p5ForCausalLM": _not_yet(),
@@ -202,5 +203,5 @@ STATUSES: dict[str, Status] = {
     "TransformersMoEForCausalLM": _not_yet(),
     "TransformersMoEForSequenceClassification": _not_yet(),
     "TransformersMultiModalMoEForCausalLM": _not_yet(),
-    "XLMRobertaModel": _SHARES_CODE,
+    "XLMRobertaModel": _DENSE,
 }

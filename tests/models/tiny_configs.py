@@ -128,7 +128,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.7,
     },
     "flex_olmo": {"intermediate_size": INTERMEDIATE_SIZE, "num_experts": NUM_EXPERTS, "num_key_value_heads": 3},
-    "glm4_moe_lite": {**_DEEPSEEK, "mlp_layer_types": _DENSE_FIRST},
+    "glm4_moe_lite": {**_DEEPSEEK, "mlp_layer_types": _DENSE_FIRST, "first_k_dense_replace": 1},
     "glm_moe_dsa": {
         **_DEEPSEEK,
         "mlp_layer_types": _DENSE_FIRST,
