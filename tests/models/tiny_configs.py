@@ -156,6 +156,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "num_shared_experts": 1,
         "mlp_layer_types": _DENSE_FIRST,
+        "first_k_dense_replace": 1,
         "router_scaling_factor": 1.7,
     },
     "jamba": {
@@ -182,6 +183,7 @@ TEXT: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "num_dense_layers": 1,
         "layer_types": ["full_attention"] * 3,
+        "tie_word_embeddings": True,
     },
     "longcat_flash": {
         **_LATENT,
@@ -190,6 +192,10 @@ TEXT: dict[str, dict[str, Any]] = {
         "expert_ffn_hidden_size": INTERMEDIATE_SIZE,
         "n_routed_experts": NUM_EXPERTS,
         "zero_expert_num": 4,
+        # Of the remote code's config, and read by vLLM.
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
         "moe_topk": TOP_K,
         "routed_scaling_factor": 1.7,
         "head_dim": 64,
@@ -206,11 +212,29 @@ TEXT: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": INTERMEDIATE_SIZE,
         "n_routed_experts": NUM_EXPERTS,
         "norm_topk_prob": True,
+        "num_attention_heads": 4,
         "head_dim": 32,
         "v_head_dim": 32,
         "layer_types": _SLIDING,
         "sliding_window": 128,
         "mlp_layer_types": _DENSE_FIRST,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+            for kind in ("full_attention", "sliding_attention")
+        },
+        # Of the remote code's config, and read by vLLM.
+        "hybrid_layer_pattern": [1, 1, 0],
+        "moe_layer_freq": [0, 1, 1],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 32,
+        "swa_v_head_dim": 32,
+        "sliding_window_size": 128,
+        "add_swa_attention_sink_bias": True,
+        "rope_theta": 10000.0,
+        "swa_rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "layernorm_epsilon": 1e-5,
     },
     "mistral4": {**_DEEPSEEK, "kv_lora_rank": 512, "first_k_dense_replace": 0, "n_group": 1},
     "nemotron_h": {
@@ -362,6 +386,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
             "first_k_dense_replace": 1,
             "routed_scaling_factor": 1.7,
             "head_dim": 32,
+            "use_qk_norm": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         },
         "vision_config": {**_VISION, "image_size": 16},
@@ -466,7 +491,12 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {
         "thinker_config": {
             "text_config": {**_QWEN_VL_TEXT, "num_experts": NUM_EXPERTS},
-            "vision_config": {**_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+            "vision_config": {
+                **_VISION,
+                "image_size": 16,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1],
+            },
             "audio_config": {
                 "encoder_layers": 2,
                 "encoder_attention_heads": 2,

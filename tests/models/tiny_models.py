@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from tests.models.tiny_configs import MULTIMODAL, TEXT
 from tests.tiny import _COMMON, _byte_tokenizer
 
-# Where transformers writes other names than the hub has: a part of every tensor's name, and the architecture.
-_HUB_NAMES = {"kimi_k25": ((".model.blocks.", ".model.layers."), "KimiK25ForConditionalGeneration")}
+# Where transformers writes otherwise than the hub has it: parts of names, an architecture, transposed experts.
+_HUB_NAMES = {"kimi_k25": (".model.blocks.", ".model.layers.")}
+_HUB_ARCHITECTURES = {"kimi_k25": "KimiK25ForConditionalGeneration"}
+_HUB_TRANSPOSED = ("qwen3_vl_moe",)
 
 
 def build(model_type: str, path: Path, **overrides: Any) -> Path:
@@ -33,18 +35,23 @@ def build(model_type: str, path: Path, **overrides: Any) -> Path:
             if isinstance(bias, torch.Tensor):
                 bias.data = 0.1 * torch.rand(bias.shape)
     model.save_pretrained(path)
-    if model_type in _HUB_NAMES:
-        _rename(path, *_HUB_NAMES[model_type])
+    _write_as_on_the_hub(model_type, path)
     _byte_tokenizer().save_pretrained(path)
     return path
 
 
-def _rename(path: Path, parts: tuple[str, str], architecture: str) -> None:
+def _write_as_on_the_hub(model_type: str, path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
-    renamed = {name.replace(*parts): tensor for name, tensor in tensors.items()}
-    save_file(renamed, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    if model_type in _HUB_NAMES:
+        tensors = {name.replace(*_HUB_NAMES[model_type]): tensor for name, tensor in tensors.items()}
+    if model_type in _HUB_TRANSPOSED:
+        for name in [name for name in tensors if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+            tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    if model_type in _HUB_ARCHITECTURES:
+        config = json.loads((path / "config.json").read_text())
+        config["architectures"] = [_HUB_ARCHITECTURES[model_type]]
+        (path / "config.json").write_text(json.dumps(config))
 
 
 def _with_common(values: dict[str, Any]) -> dict[str, Any]:
