@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from vllm_puzzle.format import Calibration
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.source import SourceCheckpoint
 from ..defaults import SEQUENCE_LENGTH
 from ..errors import CheckpointError, reason_of
@@ -50,7 +50,7 @@ def read_calibration_text(
 ) -> CalibrationText:
     """The first sequences of a UTF-8 text, each as long as the model allows up to SEQUENCE_LENGTH tokens.
 
-    Text shorter than one sequence is one shorter sequence.
+    `config` is the text model's. Text shorter than one sequence is one shorter sequence.
 
     Raises:
         CheckpointError: the text cannot be read, has too few tokens for the model's experts (a whole sequence is always
@@ -61,7 +61,7 @@ def read_calibration_text(
     longest = min(SEQUENCE_LENGTH, config.max_position_embeddings)
     ids = first_tokens(path, tokenizer, max_sequences * longest)
     length = min(longest, len(ids))
-    least = min(longest, _least_tokens(checkpoint.shape, config.num_experts_per_tok))
+    least = min(longest, _least_tokens(checkpoint.shape))
     if length < least:
         raise CheckpointError(
             f"calibration text {path} has {len(ids)} tokens, and a layer of {checkpoint.shape.num_experts} experts "
@@ -79,8 +79,8 @@ def read_calibration_text(
     return CalibrationText(ids.reshape(count, length), record)
 
 
-def _least_tokens(shape: MoEShape, top_k: int) -> int:
-    return math.ceil(_LEAST_TOKENS_PER_EXPERT * shape.num_experts / top_k)
+def _least_tokens(shape: MoEShape) -> int:
+    return math.ceil(_LEAST_TOKENS_PER_EXPERT * shape.num_experts / shape.top_k)
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> int:
