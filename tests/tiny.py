@@ -209,6 +209,10 @@ UNDECLARED: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": INTERMEDIATE_SIZE,
         "n_routed_experts": NUM_EXPERTS,
         "head_dim": 32,
+        "v_head_dim": 32,
+        # Layers with a window have twice as many of keys and values.
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     },
 }
 

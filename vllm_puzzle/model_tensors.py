@@ -110,6 +110,20 @@ def dense_tensors(
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dense).items()}
 
 
+def hub_names(model: Any) -> dict[str, str]:
+    """What each tensor outside the routed experts is called on the hub, by its name in the model.
+
+    Those that are stored there in another form are left out.
+
+    Args:
+        model: what `empty_model` returns.
+    """
+    dense = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_tensor(name)}
+    names = {id(tensor): name for name, tensor in dense.items()}
+    stored = revert_weight_conversion(model, dense)
+    return {names[id(tensor)]: hub_name for hub_name, tensor in stored.items() if id(tensor) in names}
+
+
 def check_dense_tensors(
     found: Mapping[str, tuple[int, ...] | None], expected: Mapping[str, tuple[int, ...]], where: str, mend: str
 ) -> None:

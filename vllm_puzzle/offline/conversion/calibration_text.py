@@ -19,8 +19,6 @@ from ..defaults import SEQUENCE_LENGTH
 from ..errors import CheckpointError, reason_of
 from ..wording import label
 
-EMBEDDING = "model.embed_tokens.weight"
-
 # How many tokens an expert sees on average where all fire alike. With fewer most experts see none or one, and are
 # weighed by what little the others saw.
 _LEAST_TOKENS_PER_EXPERT = 16
@@ -69,11 +67,12 @@ def read_calibration_text(
         )
     count = min(max_sequences, len(ids) // length)
     ids = ids[: count * length]
-    largest, rows = int(ids.max()), _embedding_rows(checkpoint)
+    embedding = f"{checkpoint.shape.layers.removesuffix('layers.')}embed_tokens.weight"
+    largest, rows = int(ids.max()), _num_rows(checkpoint, embedding)
     if largest >= rows:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer reads {tokenizer.convert_ids_to_tokens(largest)!r} in {path} as token "
-            f"{largest}, and {EMBEDDING} has rows for 0 to {rows - 1}; put the model's own tokenizer there"
+            f"{largest}, and {embedding} has rows for 0 to {rows - 1}; put the model's own tokenizer there"
         )
     record = Calibration(source=label(path), sha256=sha256, sequences=count, sequence_length=length)
     return CalibrationText(ids.reshape(count, length), record)
@@ -83,11 +82,11 @@ def _least_tokens(shape: MoEShape) -> int:
     return math.ceil(_LEAST_TOKENS_PER_EXPERT * shape.num_experts / shape.top_k)
 
 
-def _embedding_rows(checkpoint: Checkpoint) -> int:
-    info = checkpoint.tensors.get(EMBEDDING)
+def _num_rows(checkpoint: Checkpoint, embedding: str) -> int:
+    info = checkpoint.tensors.get(embedding)
     if info is None or len(info.shape) != 2:
         raise CheckpointError(
-            f"{checkpoint.path}: {EMBEDDING} is missing or no matrix, and calibration needs it; download the "
+            f"{checkpoint.path}: {embedding} is missing or no matrix, and calibration needs it; download the "
             f"checkpoint again"
         )
     return info.shape[0]
