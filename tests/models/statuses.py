@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the first table: one that tests run, by the name of its tiny model in tests/tiny.py."""
+    """A row of the first table: one that is declared, by the name of its tiny model in tests/tiny.py."""
 
     title: str
     model: str
@@ -62,6 +62,10 @@ def _tested(model: str) -> Status:
     return Status("tested", model, cpu=_AGREES)
 
 
+def _converts(model: str, cpu: str = "") -> Status:
+    return Status("converts", model, cpu=cpu)
+
+
 def _not_yet(cpu: str = "") -> Status:
     return Status("not yet", cpu=cpu)
 
@@ -71,6 +75,8 @@ def _refused(why: str, cpu: str = "") -> Status:
 
 
 _BESIDE = _refused("vLLM computes its experts beside the layers that a quantization reaches")
+_NOT_TEXT = _refused("it does not write text token by token")
+_BACKEND = _refused("no checkpoint has this name: vLLM takes the class for any other architecture of transformers")
 _NO_GATE = "its experts have no gate"
 _CLAMPED = "its experts clamp what they compute (SwiGLU with a limit)"
 _DENSE = Status("dense")
@@ -80,7 +86,7 @@ _TWO_SIZES = "text and images have experts of their own, of two sizes in one lis
 _THREE_DIMENSIONS = "vLLM loads its experts from three-dimensional tensors alone"
 
 STATUSES: dict[str, Status] = {
-    "AfmoeForCausalLM": _not_yet(),
+    "AfmoeForCausalLM": _converts("afmoe"),
     "AriaForConditionalGeneration": _not_yet(),
     "AXK1ForCausalLM": _not_yet(),
     "BailingMoeForCausalLM": _not_yet(),
@@ -89,71 +95,71 @@ STATUSES: dict[str, Status] = {
     "BailingMoeV3ForCausalLM": _refused(_CLAMPED, _RECURRENT),
     "BailingMoeV3VLForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
     "BgeM3EmbeddingModel": _DENSE,
-    "ClefOmniForJointSchema": _not_yet(),
-    "Cohere2MoeForCausalLM": _not_yet(),
+    "ClefOmniForJointSchema": _NOT_TEXT,
+    "Cohere2MoeForCausalLM": _converts("cohere2_moe"),
     "ColBERTJinaRobertaModel": _DENSE,
-    "ColQwen3_5": _not_yet(_RECURRENT),
+    "ColQwen3_5": _NOT_TEXT,
     "Cosmos3EdgeForConditionalGeneration": _refused(_NO_GATE, _RECURRENT),
     "DbrxForCausalLM": _refused("all experts of a layer lie in one two-dimensional tensor"),
     "DeepseekForCausalLM": _not_yet(),
     "DeepseekV2ForCausalLM": _tested("deepseek_v2"),
-    "DeepseekV32ForCausalLM": _not_yet(),
-    "DeepseekV3BidirectionalModel": _not_yet(),
+    "DeepseekV32ForCausalLM": _converts("deepseek_v32"),
+    "DeepseekV3BidirectionalModel": _NOT_TEXT,
     "DeepseekV3ForCausalLM": _tested("deepseek_v3"),
     "DeepseekV41ForCausalLM": _refused(_CLAMPED),
     "DeepseekV4ForCausalLM": _refused(_CLAMPED),
     "DeepseekV4ForConditionalGeneration": _refused(_CLAMPED),
-    "DiffusionGemmaForBlockDiffusion": _not_yet(),
+    "DiffusionGemmaForBlockDiffusion": _NOT_TEXT,
     "Dots3NoteForCausalLM": _not_yet(_CUDA),
     "EmbeddingGemma2Model": _DENSE,
     "Ernie4_5_MoeForCausalLM": _tested("ernie4_5_moe"),
     "Ernie4_5_VLMoeForConditionalGeneration": _refused(_TWO_SIZES),
-    "ExaoneMoeForCausalLM": _not_yet(),
+    "ExaoneMoeForCausalLM": _converts("exaone_moe"),
     "ExaoneMoEForCausalLM": _not_yet(),
-    "FlexOlmoForCausalLM": _not_yet(),
-    "Gemma4ForCausalLM": _not_yet(),
+    "FlexOlmoForCausalLM": _converts("flex_olmo"),
+    "Gemma4ForCausalLM": _converts("gemma4_text"),
     "Gemma4ForConditionalGeneration": _not_yet(),
     "Gemma4UnifiedForConditionalGeneration": _not_yet(),
     "Glm4MoeForCausalLM": _tested("glm4_moe"),
-    "Glm4MoeLiteForCausalLM": _not_yet(),
+    "Glm4MoeLiteForCausalLM": _converts("glm4_moe_lite"),
     "Glm4vForConditionalGeneration": _DENSE,
     "Glm4vMoeForConditionalGeneration": _not_yet(),
     "Glm5NextForCausalLM": _refused(_CLAMPED, _RECURRENT),
     "Glm5NextForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
-    "GlmMoeDsaForCausalLM": _not_yet(),
+    "GlmMoeDsaForCausalLM": _converts("glm_moe_dsa"),
     "GlmOcrForConditionalGeneration": _DENSE,
     "GptOssForCausalLM": _refused(_BIASES),
     "GraniteMoeForCausalLM": _tested("granitemoe"),
     "GraniteMoeHybridForCausalLM": _tested("granitemoehybrid"),
     "GraniteMoeSharedForCausalLM": _not_yet(),
-    "GraniteMoeSWAForCausalLM": _not_yet(),
+    "GraniteMoeSWAForCausalLM": _converts("granitemoe_swa"),
     "GteModel": _DENSE,
     "GteNewForSequenceClassification": _DENSE,
     "GteNewModel": _DENSE,
     "HfMoondream": _BESIDE,
-    "HunYuanMoEV1ForCausalLM": _not_yet(),
-    "HYV3ForCausalLM": _not_yet(),
+    "HunYuanMoEV1ForCausalLM": _converts("hunyuan_v1_moe"),
+    "HYV3ForCausalLM": _converts("hy_v3"),
     "HYV4ForCausalLM": _refused(_CLAMPED, _CUDA),
     "InklingForCausalLM": _not_yet(_CUDA),
     "InklingForConditionalGeneration": _not_yet(_CUDA),
     "InternS1ProForConditionalGeneration": _not_yet(),
     "InternS2MobiusForConditionalGeneration": _not_yet(_RECURRENT),
     "InternS2PreviewForConditionalGeneration": _not_yet(_RECURRENT),
-    "JambaForCausalLM": _not_yet(),
-    "JambaForSequenceClassification": _not_yet(),
+    "JambaForCausalLM": _converts("jamba"),
+    "JambaForSequenceClassification": _NOT_TEXT,
     "K2HorizonForCausalLM": _not_yet(),
     "KimiK25ForConditionalGeneration": _not_yet(),
     "KimiK3ForConditionalGeneration": _refused("its experts work on projected inputs", _RECURRENT),
-    "KimiLinearForCausalLM": _not_yet(_RECURRENT),
+    "KimiLinearForCausalLM": _converts("kimi_linear", _RECURRENT),
     "KimiVLForConditionalGeneration": _not_yet(),
-    "LagunaForCausalLM": _not_yet(),
-    "Lfm2MoeForCausalLM": _not_yet(),
+    "LagunaForCausalLM": _converts("laguna"),
+    "Lfm2MoeForCausalLM": _converts("lfm2_moe"),
     "Llama4ForCausalLM": _tested("llama4_text"),
     "Llama4ForConditionalGeneration": _not_yet(),
     "LongcatFlashForCausalLM": _refused(_ZERO),
     "LongcatFlashNgramForCausalLM": _refused(_ZERO),
-    "MellumForCausalLM": _not_yet(),
-    "MiMoV2FlashForCausalLM": _not_yet(),
+    "MellumForCausalLM": _converts("mellum"),
+    "MiMoV2FlashForCausalLM": _converts("mimo_v2_flash"),
     "MiMoV2ForCausalLM": _not_yet(),
     "MiMoV2OmniForCausalLM": _not_yet(),
     "MiniCPM3ForCausalLM": _DENSE,
@@ -161,7 +167,7 @@ STATUSES: dict[str, Status] = {
     "MiniCPMV": _DENSE,
     "MiniCPMV4_6ForConditionalGeneration": _DENSE,
     "MiniCPMV4_7ForConditionalGeneration": _DENSE,
-    "MiniMaxM2ForCausalLM": Status("converts", "minimax_m2", cpu="its router fails"),
+    "MiniMaxM2ForCausalLM": _converts("minimax_m2", "its router fails"),
     "MiniMaxM3SparseForCausalLM": _refused(_CLAMPED),
     "MiniMaxM3SparseForConditionalGeneration": _refused(_CLAMPED),
     "MistralLarge3ForCausalLM": _not_yet(),
@@ -199,9 +205,9 @@ STATUSES: dict[str, Status] = {
     "SarvamMoEForCausalLM": _not_yet(),
     "Step3p5ForCausalLM": _not_yet(),
     "Step3TextForCausalLM": _refused(_THREE_DIMENSIONS),
-    "TransformersMoEEmbeddingModel": _not_yet(),
-    "TransformersMoEForCausalLM": _not_yet(),
-    "TransformersMoEForSequenceClassification": _not_yet(),
-    "TransformersMultiModalMoEForCausalLM": _not_yet(),
+    "TransformersMoEEmbeddingModel": _BACKEND,
+    "TransformersMoEForCausalLM": _BACKEND,
+    "TransformersMoEForSequenceClassification": _BACKEND,
+    "TransformersMultiModalMoEForCausalLM": _BACKEND,
     "XLMRobertaModel": _DENSE,
 }

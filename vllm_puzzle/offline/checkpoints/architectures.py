@@ -83,6 +83,7 @@ MULTIMODAL = (
     "Dots3NoteForCausalLM",
     "Ernie4_5_VLMoeForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "Glm5NextForConditionalGeneration",
     "HfMoondream",
