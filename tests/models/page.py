@@ -15,6 +15,8 @@ _HEADER = (
     "expert parallel (2, CPU) | data or pipeline parallel |\n|---|---|---|---|---|---|---|\n"
 )
 
+_NOTES = ("", "¹", "²", "³", "⁴")
+
 
 def page() -> str:
     """The whole page."""
@@ -33,20 +35,21 @@ def _families() -> str:
     rows = []
     for family in FAMILIES:
         ranks = "tested" if family.ranks else "not yet"
-        served = f"{family.served}{'¹²³⁴'[family.note - 1] if family.note else ''}"
+        served = f"{family.served}{_NOTES[family.note]}"
         gpu = "interpreted" if family.interpreted else "not yet"
         rows.append(f"| {family.title} | tested | {served} | {gpu} | {ranks} | {ranks} | not yet |\n")
     return _HEADER + "".join(rows)
 
 
 def _classes() -> str:
-    classes = recorded()
+    classes, notes = recorded(), {family.model: _NOTES[family.note] for family in FAMILIES}
     rows = ["| class | its experts in a layer | packed | vLLM on a CPU, unpacked |\n|---|---|---|---|\n"]
     for name, status in sorted(STATUSES.items(), key=lambda item: item[0].lower()):
         if status.word == "dense":
             continue
         word = f"{status.word}: {status.why}" if status.why else status.word
-        rows.append(f"| {name} | {experts_on_disk(classes[name])} | {word} | {status.cpu or 'not tried'} |\n")
+        cpu = f"{status.cpu or 'not tried'}{notes.get(status.model, '')}"
+        rows.append(f"| {name} | {experts_on_disk(classes[name])} | {word} | {cpu} |\n")
     return "".join(rows)
 
 

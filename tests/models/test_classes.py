@@ -4,12 +4,13 @@ import ast
 from pathlib import Path
 
 import pytest
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests import tiny
 from tests.models.facts import holds_any_text_model, recorded
 from tests.models.page import PATH, page
 from tests.models.statuses import FAMILIES, STATUSES
+from tests.models.test_tiny_models import CONVERTED
+from tests.models.tiny_models import architecture as architecture_of
 from tests.models.vllm_sources import moe_classes
 from vllm_puzzle.offline.checkpoints.architectures import ARCHITECTURES, REFUSED
 
@@ -38,13 +39,15 @@ def test_statuses_are_whole() -> None:
 
 
 def test_only_what_tests_run_is_called_tested() -> None:
-    """The tiny models of tests/tiny.py are converted, and those in SERVED run through vLLM."""
+    """Tiny models are converted, here and in tests/offline, and those in SERVED run through vLLM."""
     served, declared = _names_in("SERVED"), set(tiny.FAMILIES)
     for architecture, status in STATUSES.items():
         if status.model:
-            assert _architecture(status.model) == architecture
+            assert architecture_of(status.model) == architecture
             assert (status.word == "tested") == (status.model in served), architecture
-    assert {status.model for status in STATUSES.values() if status.model} == declared | set(tiny.UNDECLARED)
+    assert {status.model for status in STATUSES.values() if status.model} == declared | set(tiny.UNDECLARED) | set(
+        CONVERTED
+    )
     assert {family.model for family in FAMILIES} == declared
     assert {family.model for family in FAMILIES if family.served == "tested"} == served
 
@@ -64,12 +67,6 @@ def _names_in(variable: str) -> set[str]:
             assert isinstance(node.value, ast.Dict)
             return {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
     raise AssertionError(f"{_ENGINES} has no {variable}")
-
-
-def _architecture(model: str) -> str:
-    """What `architectures` of a tiny model's config says."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model]].__name__
-    return {"PhimoeForCausalLM": "PhiMoEForCausalLM"}.get(name, name)
 
 
 def test_the_page_is_what_its_command_writes() -> None:

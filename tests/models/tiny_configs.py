@@ -157,6 +157,10 @@ TEXT: dict[str, dict[str, Any]] = {
         "num_shared_experts": 1,
         "mlp_layer_types": _DENSE_FIRST,
         "first_k_dense_replace": 1,
+        # Of the remote code's config, and read by vLLM.
+        "expert_hidden_dim": INTERMEDIATE_SIZE,
+        "route_norm": True,
+        "qk_norm": True,
         "router_scaling_factor": 1.7,
     },
     "jamba": {
@@ -494,6 +498,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
             "vision_config": {
                 **_VISION,
                 "image_size": 16,
+                "apply_vit_abs_pos_embed": True,
                 "num_position_embeddings": 64,
                 "deepstack_visual_indexes": [0, 1],
             },

@@ -6,14 +6,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 from tests.models.tiny_configs import MULTIMODAL, TEXT
 from tests.tiny import _COMMON, _byte_tokenizer
 
 # Where transformers writes otherwise than the hub has it: parts of names, an architecture, transposed experts.
 _HUB_NAMES = {"kimi_k25": (".model.blocks.", ".model.layers.")}
-_HUB_ARCHITECTURES = {"kimi_k25": "KimiK25ForConditionalGeneration"}
+_HUB_ARCHITECTURES = {"kimi_k25": "KimiK25ForConditionalGeneration", "phimoe": "PhiMoEForCausalLM"}
 _HUB_TRANSPOSED = ("qwen3_vl_moe",)
 
 
@@ -28,7 +34,7 @@ def build(model_type: str, path: Path, **overrides: Any) -> Path:
         values = {**_with_common(MULTIMODAL[model_type]), **overrides}
     config = AutoConfig.for_model(model_type, **values)
     torch.manual_seed(len(model_type))
-    model = _from_config(config)
+    model = _auto_class(type(config)).from_config(config, dtype=torch.bfloat16)
     for module in model.modules():
         for name in ("e_score_correction_bias", "expert_bias"):
             bias = getattr(module, name, None)
@@ -61,10 +67,15 @@ def _with_common(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "thinker_config": _with_common(values["thinker_config"])}
 
 
-def _from_config(config: Any) -> Any:
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        # A multimodal config also has a class for text alone.
-        is_text = auto is AutoModelForCausalLM
-        if type(config) in auto._model_mapping and not (is_text and config.get_text_config() is not config):
-            return auto.from_config(config, dtype=torch.bfloat16)
-    raise ValueError(f"transformers has no model for {config.model_type}")
+def _auto_class(config_class: Any) -> Any:
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
+        if config_class in auto._model_mapping:
+            return auto
+    raise ValueError(f"transformers has no model for {config_class.__name__}")
+
+
+def architecture(model_type: str) -> str:
+    """What `architectures` says in the config of a tiny model."""
+    config_class = CONFIG_MAPPING[model_type]
+    name: str = _auto_class(config_class)._model_mapping[config_class].__name__
+    return _HUB_ARCHITECTURES.get(model_type, name)
