@@ -153,6 +153,69 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_USUAL: dict[str, Any] = {
+    "intermediate_size": 64,
+    "moe_intermediate_size": INTERMEDIATE_SIZE,
+    "num_experts": NUM_EXPERTS,
+    "head_dim": 32,
+}
+
+_ATTENTION = ["full_attention"] * NUM_LAYERS
+
+# What no declaration says anything of: all of it is in names, shapes and config.
+UNDECLARED: dict[str, dict[str, Any]] = {
+    "afmoe": {**_USUAL, "num_dense_layers": 1, "layer_types": _ATTENTION, "num_shared_experts": 1},
+    "cohere2_moe": {**_USUAL, "intermediate_size": INTERMEDIATE_SIZE},
+    "deepseek_v32": {**_DEEPSEEK, "q_lora_rank": 28},
+    "exaone_moe": {
+        **_USUAL,
+        "num_shared_experts": 1,
+        "is_moe_layer": [False, True, True],
+        "layer_types": _ATTENTION,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "flex_olmo": {"intermediate_size": INTERMEDIATE_SIZE, "num_experts": NUM_EXPERTS, "num_key_value_heads": 3},
+    "gemma4_text": {
+        **_USUAL,
+        "enable_moe_block": True,
+        "top_k_experts": TOP_K,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 32,
+    },
+    "glm4_moe_lite": {**_DEEPSEEK, "q_lora_rank": 28, "head_dim": 32, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm_moe_dsa": {**_DEEPSEEK, "q_lora_rank": 28},
+    "granitemoe_swa": {**_GRANITE, "shared_intermediate_size": 48},
+    "hunyuan_v1_moe": {
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_experts": NUM_EXPERTS,
+        "moe_topk": TOP_K,
+        "head_dim": 32,
+    },
+    "hy_v3": _USUAL,
+    "jamba": {
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_experts": NUM_EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_dt_rank": 8,
+    },
+    "kimi_linear": _USUAL,
+    "laguna": _USUAL,
+    "lfm2_moe": {**_USUAL, "num_dense_layers": 1, "layer_types": ["full_attention", "full_attention", "conv"]},
+    "mellum": _USUAL,
+    "mimo_v2_flash": {
+        "intermediate_size": 64,
+        "moe_intermediate_size": INTERMEDIATE_SIZE,
+        "n_routed_experts": NUM_EXPERTS,
+        "head_dim": 32,
+        "v_head_dim": 32,
+        # Layers with a window have twice as many of keys and values.
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
 # The classes that transformers spells otherwise than the hub.
 _HUB_ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
@@ -174,7 +237,7 @@ def build_tiny(
         router_bias: where the family's router has a bias by which it chooses, makes that random; it is zero otherwise.
         save: options of `save_pretrained`.
     """
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | UNDECLARED)[family], **overrides})
     torch.manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for module in model.modules():

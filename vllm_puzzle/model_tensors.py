@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from .format import FormatError, layer_index
+from .format import FormatError, is_expert_tensor, layer_index
 
 _BLOCK = re.compile(r"\.layers\.\d+\.(.+)\.experts\.")
 
@@ -24,19 +29,32 @@ _SHOWN = 4
 
 
 def is_defined(config: Any) -> bool:
-    """Whether transformers has the model that `config`, a PretrainedConfig, names as its architecture.
+    """Whether transformers has the model that `config`, a PretrainedConfig, names as its architecture."""
+    return _auto_class(config) is not None
 
-    False for the parts of a checkpoint that only predict further tokens, which vLLM gives architectures of its own.
-    """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return False
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+def is_draft(config: Any) -> bool:
+    """Whether a config is of the part of a checkpoint that only predicts further tokens, as vLLM renames it."""
+    return any("MTP" in architecture for architecture in config.architectures or [])
+
+
+def _auto_class(config: Any) -> Any:
+    """transformers' class that makes the model of a config's architecture and type, None where it has none."""
     # Phi-3.5-MoE has other capitals on the hub.
-    return model.__name__.lower() in [architecture.lower() for architecture in config.architectures or []]
+    architectures = [architecture.lower() for architecture in config.architectures or []]
+    kinds = (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
+    )
+    for mapping, auto_class in kinds:
+        model: Any = mapping.get(type(config), None)
+        if model is not None and model.__name__.lower() in architectures:
+            return auto_class
+    return None
 
 
 def empty_model(config: Any, where: str = "this config.json") -> Any:
-    """transformers' own causal model of a PretrainedConfig, bfloat16, on the meta device: it has no weights.
+    """transformers' own model of a PretrainedConfig, bfloat16, on the meta device: it has no weights.
 
     `where` is what an error message calls the config.
 
@@ -47,12 +65,13 @@ def empty_model(config: Any, where: str = "this config.json") -> Any:
     # None of these changes a name, a shape or what a layer computes, and a config may ask for what is not installed
     # here (flash attention, where a training run wrote it) or has no row of the embedding.
     config._attn_implementation = config._experts_implementation = None
-    config.pad_token_id = None
+    config.get_text_config().pad_token_id = config.pad_token_id = None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    auto_class = _auto_class(config) or AutoModelForCausalLM
     try:
         with torch.device("meta"), _silent_transformers():
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+            return auto_class.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except Exception as error:
         # Whatever a config can break in a model's constructor.
         reason = " ".join(str(error).split())
@@ -77,7 +96,7 @@ def dense_tensors(
         plain_layers: those of them whose experts are asked for, too.
     """
     state = model.state_dict()
-    experts = {name for name in state if ".experts." in name}
+    experts = {name for name in state if is_expert_tensor(name)}
     blocks = {match[1] for match in map(_BLOCK.search, experts) if match is not None}
     unknown = {layer_index(name) for name in experts} ^ set(moe_layers)
     beside = tuple(f".layers.{layer}.{block}." for layer in unknown for block in blocks)
@@ -89,6 +108,20 @@ def dense_tensors(
         and not any(part in name for part in beside)
     }
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, dense).items()}
+
+
+def hub_names(model: Any) -> dict[str, str]:
+    """What each tensor outside the routed experts is called on the hub, by its name in the model.
+
+    Those that are stored there in another form are left out.
+
+    Args:
+        model: what `empty_model` returns.
+    """
+    dense = {name: tensor for name, tensor in model.state_dict().items() if not is_expert_tensor(name)}
+    names = {id(tensor): name for name, tensor in dense.items()}
+    stored = revert_weight_conversion(model, dense)
+    return {names[id(tensor)]: hub_name for hub_name, tensor in stored.items() if id(tensor) in names}
 
 
 def check_dense_tensors(

@@ -12,7 +12,6 @@ from transformers.activations import ACT2FN
 
 from benchmarks.quality.peers import LoggedTokens, in_float32
 from vllm_puzzle.offline.checkpoints.expert_tensors import layer_experts, layer_names
-from vllm_puzzle.offline.checkpoints.families import find_moe_shape
 from vllm_puzzle.offline.checkpoints.packed import PackedCheckpoint
 from vllm_puzzle.offline.checkpoints.source import SourceCheckpoint
 from vllm_puzzle.offline.conversion.calibration import HiddenStates
@@ -85,7 +84,7 @@ class QualityModel:
     def __init__(self, path: Path) -> None:
         self.checkpoint = SourceCheckpoint(path)
         self.config = self.checkpoint.config
-        self.shape = find_moe_shape(self.config, str(path / "config.json"))
+        self.shape = self.checkpoint.shape
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.causal = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._sources: dict[int, ExpertWeights] = {}

@@ -18,7 +18,7 @@ import torch
 from vllm_puzzle.offline.checkpoints.checkpoint import Checkpoint
 from vllm_puzzle.offline.checkpoints.destination import check_destination, check_room, new_checkpoint
 from vllm_puzzle.offline.checkpoints.expert_tensors import check_experts, expected_experts
-from vllm_puzzle.offline.checkpoints.families import find_moe_shape
+from vllm_puzzle.offline.checkpoints.shape import find_moe_shape
 from vllm_puzzle.offline.checkpoints.shards import ShardWriter, TensorLayout, lay_out_shards
 from vllm_puzzle.offline.defaults import DEFAULT_SHARD_SIZE
 from vllm_puzzle.offline.errors import CheckpointError
@@ -48,7 +48,7 @@ def round_to_int4(weight: torch.Tensor) -> torch.Tensor:
 def round_experts(source: Path, destination: Path, to: Format) -> None:
     """Writes `destination`; raises CheckpointError as the converter does."""
     checkpoint = Checkpoint(source)
-    shape = find_moe_shape(checkpoint.config, str(source / "config.json"))
+    shape = find_moe_shape(checkpoint.config, str(source / "config.json"), checkpoint.shapes)
     check_experts(checkpoint, shape)
     check_destination(destination, source)
     check_room(destination, checkpoint.num_bytes)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from vllm_puzzle.offline.checkpoints.families import FAMILIES, MoEShape
+from vllm_puzzle.offline.checkpoints.families import FAMILIES
+from vllm_puzzle.offline.checkpoints.shape import MoEShape
 from vllm_puzzle.offline.conversion.estimate import Speed
 from vllm_puzzle.offline.conversion.methods import open_methods
 from vllm_puzzle.offline.conversion.options import ConvertOptions

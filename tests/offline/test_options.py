@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import build_tiny
-from vllm_puzzle.offline.checkpoints.families import FAMILIES, MoEShape
+from vllm_puzzle.offline.checkpoints.families import FAMILIES
+from vllm_puzzle.offline.checkpoints.shape import MoEShape
 from vllm_puzzle.offline.conversion.convert import convert
 from vllm_puzzle.offline.conversion.estimate import Estimate, Speed, choose_method
 from vllm_puzzle.offline.conversion.methods import open_methods

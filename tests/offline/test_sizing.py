@@ -17,7 +17,7 @@ from tests.offline.faulty import assert_one_sentence
 from tests.offline.planning import SPEED, planned
 from tests.tiny import FAMILIES, HIDDEN_SIZE, build_tiny, by_expert
 from vllm_puzzle.cli import main
-from vllm_puzzle.offline.checkpoints.families import find_moe_shape
+from vllm_puzzle.offline.checkpoints.shape import find_moe_shape
 from vllm_puzzle.offline.conversion.options import ConvertOptions
 from vllm_puzzle.offline.reports.model_sizes import ModelSizes, read_model_sizes
 from vllm_puzzle.offline.reports.sizing import CARDS_MIB, can_split, kv_bytes_per_token, size_model, work_of

@@ -229,9 +229,10 @@ def test_experts_that_the_config_does_not_have(
     [
         (
             {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}},
-            ("GptOssForCausalLM", "biases", "MXFP4", "supported are"),
+            ("GptOssForCausalLM", "biases", "MXFP4"),
         ),
-        ({"architectures": ["Llama4ForConditionalGeneration"]}, ("images", "Llama4ForCausalLM")),
+        ({"architectures": ["NemotronHForCausalLM"]}, ("NemotronHForCausalLM", "have no gate")),
+        ({"architectures": ["LlamaForCausalLM"]}, ("LlamaForCausalLM", "no Mixture of Experts", "vLLM 0.32")),
     ],
 )
 def test_refused_by_name(

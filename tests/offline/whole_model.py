@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_puzzle.offline.checkpoints.families import MoEShape
+from vllm_puzzle.offline.checkpoints.shape import MoEShape
 
 
 @dataclass

@@ -20,9 +20,11 @@ _EXPERT = re.compile(
     r"(?P<prefix>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\."
     rf"(?P<suffix>{PACKED_SUFFIX}|{CODEBOOK_SUFFIX}|{SCALE_SUFFIX})"
 )
-# Gate, up and down.
-_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What gate, up and down are called."""
+
+_LAYER = re.compile(r"(?P<beginning>(?:.*?\.)?layers\.)(?P<layer>\d+)\.")
+_OUTSIDE = re.compile(r"(?:.+\.)?mtp\.")
 
 
 def packed_name(prefix: str, expert: int, projection: str) -> str:
@@ -71,17 +73,28 @@ def coded_tensors(prefix: str, expert: int, projections: Sequence[str]) -> list[
 
 
 def layer_index(name: str) -> int | None:
-    """The decoder layer that a tensor or module name lies in, e.g. 3 of `model.layers.3.mlp.experts`.
+    """The layer that a tensor or module name lies in, e.g. 3 of `model.layers.3.mlp.experts`, whatever comes before.
 
     Layers for multi-token prediction count on from the decoder's; None for those under `mtp.`, which count anew.
     """
-    match = None if is_outside(name) else _LAYER.search(name + ".")
-    return None if match is None else int(match[1])
+    match = None if is_outside(name) else _LAYER.match(name + ".")
+    return None if match is None else int(match["layer"])
+
+
+def layer_beginning(name: str) -> str | None:
+    """What a name begins with up to the layer's number, e.g. `model.language_model.layers.`; None outside layers."""
+    match = _LAYER.match(name)
+    return None if match is None else match["beginning"]
 
 
 def is_outside(name: str) -> bool:
     """Whether a tensor or module is of a part for multi-token prediction that lies beside the model, as Qwen's."""
-    return name.startswith("mtp.")
+    return _OUTSIDE.match(name) is not None
+
+
+def is_expert_tensor(name: str) -> bool:
+    """Whether a tensor belongs to experts, routed or not; some families keep the bias of the router among them."""
+    return ".experts." in name and not name.endswith((".e_score_correction_bias", ".expert_bias"))
 
 
 def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantizationConfig, where: str) -> None:
@@ -89,11 +102,15 @@ def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantization
 
     vLLM itself skips expert tensors that it cannot place, and leaves what was not loaded as it was allocated.
 
+    Experts elsewhere than where the packed ones are, as those of a vision tower or of a model for speech, stay plain.
+
     Args:
         names: every tensor name of the checkpoint.
         where: what an error message calls the checkpoint.
     """
     expected = _ExpectedNames(quantization)
+    names = list(names)
+    beginnings = {layer_beginning(name) for name in names if parse_expert_name(name)} or {None}
     prefixes: dict[int, str] = {}
     projections: set[str] = set()
     found: set[tuple[int, int, str, str]] = set()
@@ -104,7 +121,8 @@ def check_packed_names(names: Iterable[str], quantization: PuzzleMoEQuantization
             # Layers for multi-token prediction keep plain experts: a layer that nothing is listed for, or outside
             # the model. A decoder layer without a list is refused when vLLM builds it.
             plain = is_outside(name) or (layer is not None and layer not in expected.experts)
-            if ".experts." in name and not plain:
+            elsewhere = None not in beginnings and layer_beginning(name) not in beginnings
+            if is_expert_tensor(name) and not plain and not elsewhere:
                 raise FormatError(f"{where}: {name} is an expert tensor that is not packed; convert the source again")
             continue
         if reason := expected.why_not(layer, parsed):
@@ -138,7 +156,7 @@ class _ExpectedNames:
         if layer in self._coded:
             if tensor.expert not in self.experts[layer]:
                 return f"layer {layer} has no expert {tensor.expert}"
-            projections = next((names for names in _PROJECTIONS if tensor.projection in names), _PROJECTIONS[0])
+            projections = next((names for names in PROJECTIONS if tensor.projection in names), PROJECTIONS[0])
             there = tensor in coded_tensors(tensor.prefix, tensor.expert, projections)
             return None if there else "a coded expert has no such tensor"
         if tensor.suffix != PACKED_SUFFIX:
@@ -150,6 +168,6 @@ class _ExpectedNames:
     def tensors(self, layer: int, prefix: str, expert: int, projections: set[str]) -> list[ExpertTensor]:
         """What an expert, or a slot that is named after it, has; `projections` are the names that were met."""
         if layer in self._coded:
-            names = next((names for names in _PROJECTIONS if projections & set(names)), _PROJECTIONS[0])
+            names = next((names for names in PROJECTIONS if projections & set(names)), PROJECTIONS[0])
             return coded_tensors(prefix, expert, names)
         return [ExpertTensor(prefix, expert, name, PACKED_SUFFIX) for name in sorted(projections) or ["*"]]

@@ -11,10 +11,11 @@ from ..format import (
     LayerSlots,
     PuzzleMoEQuantizationConfig,
     check_packed_names,
+    is_expert_tensor,
     is_outside,
     layer_index,
 )
-from ..model_tensors import check_dense_tensors, dense_tensors, empty_model, is_defined
+from ..model_tensors import check_dense_tensors, dense_tensors, empty_model, is_defined, is_draft
 from .host import (
     LinearBase,
     QuantizationConfig,
@@ -74,11 +75,14 @@ class PuzzleMoEConfig(QuantizationConfig):
             FormatError: a tensor that is missing, misshapen or unexpected, by name, or a broken index or shard.
         """
         self._hf_config = hf_config
-        self._num_hidden_layers = getattr(hf_config, "num_hidden_layers", None)
-        if getattr(hf_config, "_experts_implementation", None) == QUANT_METHOD:
-            # Plain transformers is to refuse, having no kernels for packed experts. With --model-impl transformers
-            # the experts are vLLM's.
-            hf_config._experts_implementation = None
+        # Of a model that sees or hears, the part that writes text.
+        text = hf_config if hf_config is None else hf_config.get_text_config()
+        self._num_hidden_layers = getattr(text, "num_hidden_layers", None)
+        for config in (hf_config, text):
+            if getattr(config, "_experts_implementation", None) == QUANT_METHOD:
+                # Plain transformers is to refuse, having no kernels for packed experts. With --model-impl transformers
+                # the experts are vLLM's.
+                config._experts_implementation = None
         self.check_tensors(model_name, revision)
 
     def check_tensors(self, model_name: str, revision: str | None) -> None:
@@ -90,8 +94,16 @@ class PuzzleMoEConfig(QuantizationConfig):
         shapes = read_shapes(model_name, revision)
         if shapes:
             check_packed_names(shapes, self.quantization, model_name)
-            if self._hf_config is not None and is_defined(self._hf_config):
+            if self._hf_config is None or is_draft(self._hf_config):
+                return
+            if is_defined(self._hf_config):
                 self._check_dense(shapes, model_name)
+            else:
+                logger.warning(
+                    "Whether %s lacks tensors beside its experts is not known: transformers has no model of %s",
+                    model_name,
+                    self._hf_config.architectures,
+                )
 
     def _check_dense(self, shapes: Shapes, model_name: str) -> None:
         layers, plain = self._layers(), self.quantization.plain_layers
@@ -104,7 +116,9 @@ class PuzzleMoEConfig(QuantizationConfig):
             logger.warning("Whether %s lacks tensors beside its experts is not known: %s", model_name, error)
             return
         for layer, names in experts.items():
-            elsewhere = any(".experts." in name and layer_index(name) == layer for name in shapes.keys() - names.keys())
+            elsewhere = any(
+                is_expert_tensor(name) and layer_index(name) == layer for name in shapes.keys() - names.keys()
+            )
             # The source may have had them in another layout than the hub's.
             if not elsewhere or names.keys() & shapes.keys():
                 dense |= names

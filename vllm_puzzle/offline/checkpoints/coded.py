@@ -18,7 +18,7 @@ from vllm_puzzle.format import (
     unpack_codes,
 )
 
-from .families import MoEShape
+from .shape import MoEShape
 from .shards import TensorLayout
 
 

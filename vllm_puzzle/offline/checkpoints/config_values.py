@@ -36,21 +36,21 @@ class ConfigValues:
 
     def number(self, name: str) -> float:
         """Raises CheckpointError where the value is not a finite number."""
-        value = getattr(self.config, name)
+        value: Any = getattr(self.config, name, None)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise self._error(name, value, "a finite number")
         return float(value)
 
     def integers(self, name: str) -> list[int]:
         """Raises CheckpointError where the value is not a list of integers."""
-        value = getattr(self.config, name)
+        value = getattr(self.config, name, None)
         if not isinstance(value, list) or any(type(each) is not int for each in value):
             raise self._error(name, value, "a list of integers")
         return value
 
     def activation(self, name: str) -> str:
         """The name of an activation; raises CheckpointError where transformers knows none of that name."""
-        value = getattr(self.config, name)
+        value = getattr(self.config, name, None)
         if not isinstance(value, str) or value not in ACT2FN:
             raise self._error(name, value, "the name of an activation that transformers knows, as silu")
         return value

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import FormatError, check_storable, layer_index
+from vllm_puzzle.format import FormatError, check_storable, is_expert_tensor
 
 from ..errors import CheckpointError
 from ..merging.layer import Activation, ExpertWeights
 from .checkpoint import FLOATING_DTYPES, Checkpoint
-from .families import MoEShape
+from .shape import MoEShape
 
 
 def expected_experts(shape: MoEShape) -> dict[str, tuple[int, int]]:
@@ -107,12 +107,12 @@ def check_expert_places(names: Iterable[str], shape: MoEShape, where: str) -> No
 
 
 def _is_expert(name: str, shape: MoEShape) -> bool:
-    return ".experts." in name and not shape.is_mtp_name(name)
+    return is_expert_tensor(name) and not shape.is_beside(name)
 
 
 def _unknown_place(name: str, shape: MoEShape) -> str | None:
     """The layer or expert of a tensor and what config.json says instead; None where the two agree."""
-    layer = layer_index(name)
+    layer = shape.layer_of(name)
     if layer is None or not name.startswith(f"{shape.experts_prefix(layer)}."):
         return None
     family = shape.family

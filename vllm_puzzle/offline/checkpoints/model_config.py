@@ -9,10 +9,15 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError, reason_of
+from .architectures import ARCHITECTURES
+from .families import FAMILIES
 
 # transformers makes lists as long as these, before it checks anything.
 _COUNTS = ("num_hidden_layers", "num_labels")
 _MOST = 10_000
+
+# Where configs of models that see or hear keep what is the text model's, if transformers has no class for them.
+_TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 # Up to here every integer is a float of the same value.
 _LARGEST_EXACT = 1 << 53
@@ -32,6 +37,8 @@ def read_raw_config(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> PretrainedConfig:
     """config.json as transformers reads it, with its defaults; runs no remote code.
 
+    A type of model that transformers does not know, but vLLM serves, has no defaults.
+
     Raises:
         CheckpointError: transformers cannot read it.
     """
@@ -48,6 +55,8 @@ def read_config(path: Path) -> PretrainedConfig:
     known = _config_class(raw)
     try:
         # For a type of model that it does not know transformers says so itself.
+        if known is None and _is_only_vllms(raw):
+            return PretrainedConfig.from_dict(raw)
         if known is None:
             return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         content, _ = PretrainedConfig.get_config_dict(path, local_files_only=True)
@@ -55,6 +64,15 @@ def read_config(path: Path) -> PretrainedConfig:
     except Exception as error:
         # Every model has a class of its own there, which checks and computes: it fails with whatever its code meets.
         raise CheckpointError(f"transformers cannot read {where}: {reason_of(error)}; correct it") from None
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """What a config says of the model that reads and writes text, as vLLM takes it; the config itself of others."""
+    for name in _TEXT_SECTIONS:
+        section = getattr(config, name, None)
+        if isinstance(section, dict):
+            return text_config(PretrainedConfig.from_dict(section))
+    return config.get_text_config()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,6 +99,13 @@ def _with_floats(raw: dict[str, Any]) -> dict[str, Any]:
         return float(value) if is_float and type(value) is int and abs(value) <= _LARGEST_EXACT else value
 
     return {name: with_float(name, value) for name, value in raw.items()}
+
+
+def _is_only_vllms(raw: dict[str, Any]) -> bool:
+    """Whether a config is of an architecture that vLLM has, and nothing is declared that transformers must show."""
+    stated = raw.get("architectures")
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    return bool(ARCHITECTURES.intersection(names)) and not FAMILIES.keys() & set(names)
 
 
 def _config_class(raw: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from ..merging.layer import Activation
 from .checkpoint import Checkpoint
 from .coded import StoredMatrix, lay_out_coded, stored_matrix
 from .dense import build_model, check_dense
-from .families import MoEShape, find_moe_shape
+from .shape import MoEShape, find_moe_shape
 
 
 class PackedCheckpoint:
@@ -47,9 +47,9 @@ class PackedCheckpoint:
             raise CheckpointError(str(error)) from None
         self.layout = word_layout(self.quantization.bits)
         config = self.checkpoint.config
-        self.shape: MoEShape = find_moe_shape(config, str(where))
+        self.shape: MoEShape = find_moe_shape(config, str(where), self.checkpoint.shapes, self.quantization)
         self._check_sizes(where)
-        self.activation: Activation = ACT2FN[config.hidden_act]
+        self.activation: Activation = ACT2FN[self.shape.hidden_act]
         check_dense(
             self.checkpoint.shapes, build_model(config, where), self.shape, path, "copy or convert the checkpoint again"
         )

@@ -1,27 +1,28 @@
 """Values of a config that transformers accepts and vLLM refuses, which it would say only after the conversion."""
 
-from transformers import PretrainedConfig
+from typing import Any
 
 from vllm_puzzle.format import ACTIVATIONS
 
 from ..errors import CheckpointError
 from .config_values import ConfigValues
-from .families import MoEShape
+from .shape import MoEShape
 
 # By transformers' names, which vLLM translates (vllm/model_executor/layers/fused_moe/activation.py).
 _OTHER_NAMES = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
-def check_servable(config: PretrainedConfig, shape: MoEShape, where: str) -> None:
+def check_servable(config: Any, shape: MoEShape, where: str) -> None:
     """Raises CheckpointError for a value with which the packed model could not be served.
 
     Args:
+        config: of the text model.
         where: the path of the config.
     """
     known = [_OTHER_NAMES.get(name, name) for name in ACTIVATIONS]
-    if config.hidden_act not in known:
+    if shape.hidden_act not in known:
         raise CheckpointError(
-            f"{where} has hidden_act {config.hidden_act!r}, and packed experts are served with one of {known} alone; "
+            f"{where} has hidden_act {shape.hidden_act!r}, and packed experts are served with one of {known} alone; "
             f"serve this model unpacked"
         )
     values = ConfigValues(config, where)

@@ -9,8 +9,10 @@ from transformers import PretrainedConfig
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, Stored, TensorInfo
-from .families import Fused, MoEShape, find_moe_shape
 from .fp8 import block_size, dequantize, find_scales
+from .layout import Fused
+from .model_config import text_config
+from .shape import MoEShape, find_moe_shape
 
 
 class SourceCheckpoint(Checkpoint):
@@ -27,7 +29,7 @@ class SourceCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.shape: MoEShape = find_moe_shape(self.config, str(path / "config.json"))
+        self.shape: MoEShape = find_moe_shape(self.config, str(path / "config.json"), self.shapes)
         self._block = block_size(self.raw_config, path)
         self._stored = {name: Stored(info.shard, name) for name, info in self.tensors.items()}
         self._scales: dict[str, Stored] = {}
@@ -47,8 +49,9 @@ class SourceCheckpoint(Checkpoint):
     def config(self) -> PretrainedConfig:
         """See `Checkpoint`; says nothing of a quantization, since what `read` gives has none."""
         config = super().config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        for section in (config, text_config(config)):
+            if hasattr(section, "quantization_config"):
+                del section.quantization_config
         return config
 
     @property

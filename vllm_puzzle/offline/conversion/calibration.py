@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.expert_tensors import layer_names
 from ..checkpoints.finite import check_finite, is_finite
 from ..checkpoints.source import SourceCheckpoint
 from ..errors import CheckpointError, reason_of
 from ..merging.layer import RoutedTokens, computing_dtype, split_tokens
-from .calibration_text import EMBEDDING
-from .stand_ins import Recorder, SilentExperts, SilentWeighedExperts
+from .decoder import Decoder
+from .stand_ins import LastLayerReachedError, RecordedExperts, Recorder, WeighedExperts, dispatches
 
 # What older versions of transformers and tools for quantization leave in layers: vLLM loads checkpoints with them, and
 # nothing that is computed in bfloat16 depends on them.
 _LEFTOVER = re.compile(r"\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(q|k|v|kv)_(scale|zero_point))$")
 
+# How far rounding may take what a layer adds from what its experts answer.
+_ADDITIVE = 0.05
+
 # What transformers' code meets in a model follows from sizes and choices that config.json states.
-_MEND = "; correct config.json"
+_MEND = "; correct config.json, or convert without --calibration"
 
 
 class HiddenStates:
@@ -88,37 +91,32 @@ class Calibrator:
         self._shape = checkpoint.shape
         self._device = device
         self._computing = computing_dtype(device)
-        self._model = _with_rotary_embeddings(model, checkpoint, device)
+        self._decoder = Decoder(model, checkpoint.path / "config.json", device)
+        self._model = self._decoder.module
         self._names = [self._match_names(layer) for layer in range(len(self._model.layers))]
         self.left_out.sort()
-        self._embedding = checkpoint.read([EMBEDDING])[EMBEDDING]
-        self._arguments: list[dict[str, Any]] = []
+        self._embedding = checkpoint.read([self._decoder.embedding])[self._decoder.embedding]
+        self._recorders: list[Recorder] = []
         self._loaded: int | None = None
         self._module: Any = nn.Identity()
-        self._experts = SilentExperts()
+        self._experts: RecordedExperts | WeighedExperts = WeighedExperts(1)
+        self._is_additive = checkpoint.shape.family.is_declared
 
     def _match_names(self, layer: int) -> dict[str, str]:
         """The name on disk of every tensor of a decoder layer outside its routed experts, by its name in the module."""
-        shape = self._shape
-        prefix = shape.layer_prefix(layer)
-        names = {
-            shape.family.module_name(name.removeprefix(prefix)): name
-            for name in sorted(self._checkpoint.tensors)
-            if name.startswith(prefix) and not name.startswith(f"{shape.experts_prefix(layer)}.")
-        }
-        wanted = set(self._model.layers[layer].state_dict())
-        if layer in shape.moe_layers:
-            wanted = {name for name in wanted if not name.startswith(f"{shape.family.module}.experts.")}
+        shape, wanted = self._shape, self._decoder.layer_names(layer)
         # `check_dense` knows nothing of the block of a layer that transformers, unlike vLLM, takes for an MoE layer.
-        missing = sorted(wanted - names.keys())
-        if missing:
+        missing = sorted(wanted.values() - self._checkpoint.tensors.keys())
+        if missing or (self._decoder.experts_name(layer) is None) == (layer in shape.moe_layers):
+            more = f", which has {len(missing)} tensors more there, the first is {missing[0]}" if missing else ""
             raise CheckpointError(
-                f"{self._checkpoint.path}: layer {layer} does not fit transformers' own model, which has "
-                f"{len(missing)} tensors more there, the first is {missing[0]}; download the checkpoint again"
+                f"{self._checkpoint.path}: layer {layer} does not fit transformers' own model{more}; download the "
+                f"checkpoint again, or convert without --calibration"
             )
-        left_out = (name for module_name, name in names.items() if module_name not in wanted)
-        self.left_out += [name for name in left_out if not _LEFTOVER.search(name)]
-        return {module_name: name for module_name, name in names.items() if module_name in wanted}
+        prefix, experts = shape.layer_prefix(layer), {name for names in layer_names(shape, layer) for name in names}
+        left_out = {name for name in self._checkpoint.tensors if name.startswith(prefix)} - set(wanted.values())
+        self.left_out += [name for name in left_out - experts if not _LEFTOVER.search(name)]
+        return wanted
 
     @torch.inference_mode()
     def embed(self) -> HiddenStates:
@@ -131,19 +129,20 @@ class Calibrator:
         if not is_finite(states):
             for row in self.token_ids.unique().tolist():
                 stored = self._embedding[row]
-                check_finite(f"row {row} of {EMBEDDING}", stored, stored.to(torch.bfloat16))
-        layers, norm = self._model.layers, self._model.norm
-        recorders = [Recorder() for _ in layers]
-        self._model.layers, self._model.norm = nn.ModuleList(recorders), nn.Identity()
+                check_finite(f"row {row} of {self._decoder.embedding}", stored, stored.to(torch.bfloat16))
+        layers = self._model.layers
+        recorders = [Recorder(layer, is_last=layer is layers[-1]) for layer in layers]
+        self._model.layers = nn.ModuleList(recorders)
         for sequence in states.split(1):
             try:
                 self._model(inputs_embeds=sequence.to(self._computing), use_cache=False)
+            except LastLayerReachedError:
+                pass
             except Exception as error:
                 raise CheckpointError(f"transformers' own model does not run: {reason_of(error)}{_MEND}") from None
             # Some models scale their embeddings.
             sequence.copy_(recorders[0].hidden_states)
-        self._model.layers, self._model.norm = layers, norm
-        self._arguments = [recorder.arguments for recorder in recorders]
+        self._model.layers, self._recorders = layers, recorders
         return HiddenStates(states)
 
     @torch.inference_mode()
@@ -160,14 +159,11 @@ class Calibrator:
         """
         if layer != self._loaded:
             self._load(layer)
+        if layer in self._shape.moe_layers and not self._is_additive:
+            self._check_additive(layer, hidden.states[:1])
         for index in range(len(hidden.states)):
             states = hidden.states[index : index + 1]
-            try:
-                states.copy_(self._module(states.to(self._computing), **self._arguments[layer]))
-            except Exception as error:
-                raise CheckpointError(
-                    f"layer {layer} of transformers' own model does not run: {reason_of(error)}{_MEND}"
-                ) from None
+            states.copy_(self._run_module(layer, states))
         hidden.check_finite(layer)
         if layer not in self._shape.moe_layers:
             return None
@@ -181,6 +177,37 @@ class Calibrator:
             )
         return RoutedTokens(entering, ids, weights * self._shape.residual_multiplier)
 
+    def _run_module(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """What the loaded layer makes of one sequence, (1, sequence_length, hidden_size)."""
+        recorder = self._recorders[layer]
+        try:
+            output = self._module(states.to(self._computing), *recorder.arguments, **recorder.named_arguments)
+        except Exception as error:
+            raise CheckpointError(
+                f"layer {layer} of transformers' own model does not run: {reason_of(error)}{_MEND}"
+            ) from None
+        return output[0] if isinstance(output, tuple) else output
+
+    def _check_additive(self, layer: int, states: torch.Tensor) -> None:
+        """Raises CheckpointError where a layer does not add to the residual stream what its experts answer.
+
+        A declaration says that it does, and by which multiplier; without one it is tried, once.
+        """
+        assert isinstance(self._experts, RecordedExperts)
+        without = self._run_module(layer, states)
+        answer = torch.randn(states.shape, generator=torch.Generator().manual_seed(layer)).to(states.device)
+        self._experts.answer = answer = answer * without.float().square().mean().sqrt()
+        added = (self._run_module(layer, states) - without).float()
+        self._experts.answer, self._experts.calls = None, []
+        expected = answer * self._shape.residual_multiplier
+        if (added - expected).norm() > _ADDITIVE * expected.norm():
+            raise CheckpointError(
+                f"layer {layer} of transformers' own model of {self._shape.family.architecture} does not add its "
+                f"experts' output to everything else as it is, so nothing can be calibrated; convert without "
+                f"--calibration"
+            )
+        self._is_additive = True
+
     def _load(self, layer: int) -> None:
         """Loads the weights of decoder layer `layer`, and drops those of the layer before."""
         shape = self._shape
@@ -188,36 +215,35 @@ class Calibrator:
         # The model's own layer stays without memory.
         self._module = copy.deepcopy(self._model.layers[layer])
         if layer in shape.moe_layers:
-            self._experts = SilentWeighedExperts(shape.num_experts) if shape.family.weighs_inputs else SilentExperts()
-            self._module.get_submodule(shape.family.module).experts = self._experts
+            self._experts = self._record_experts(layer)
         stored = self._checkpoint.read(self._names[layer].values())
         state = {}
         for module_name, name in self._names[layer].items():
             state[module_name] = stored[name].to(self._device, self._dtype(module_name))
             check_finite(name, stored[name], state[module_name])
         try:
-            self._module.load_state_dict(state, assign=True)
+            # Experts alone are missing: they are not run.
+            self._module.load_state_dict(state, strict=False, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"layer {layer} does not fit transformers' own model: {reason}") from None
         self._loaded = layer
 
+    def _record_experts(self, layer: int) -> RecordedExperts | WeighedExperts:
+        name = self._decoder.experts_name(layer) or ""
+        module = self._module.get_submodule(name)
+        if self._shape.family.weighs_inputs:
+            experts = WeighedExperts(self._shape.num_experts)
+            self._module.set_submodule(name, experts)
+            return experts
+        if not dispatches(module):
+            raise CheckpointError(
+                f"transformers' own model of {self._shape.family.architecture} does not let others compute its "
+                f"experts; convert without --calibration"
+            )
+        return RecordedExperts(module)
+
     def _dtype(self, name: str) -> torch.dtype:
         """What a tensor is loaded as: as transformers does in a model of bfloat16, or all in float32."""
         in_float32 = any(part in name for part in self._model._keep_in_fp32_modules_strict)
         return torch.float32 if in_float32 else self._computing
-
-
-def _with_rotary_embeddings(causal: Any, checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The decoder of a causal model, with rotary frequencies: they are computed, not loaded, so they need memory."""
-    model = causal.model.eval()
-    if model.rotary_emb is None:
-        return model
-    try:
-        model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
-    except Exception as error:
-        raise CheckpointError(
-            f"transformers cannot build the model that {checkpoint.path / 'config.json'} describes: "
-            f"{reason_of(error)}; correct it"
-        ) from None
-    return model

@@ -13,13 +13,11 @@ from transformers import AutoTokenizer, PretrainedConfig
 from vllm_puzzle.format import Calibration
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.source import SourceCheckpoint
 from ..defaults import SEQUENCE_LENGTH
 from ..errors import CheckpointError, reason_of
 from ..wording import label
-
-EMBEDDING = "model.embed_tokens.weight"
 
 # How many tokens an expert sees on average where all fire alike. With fewer most experts see none or one, and are
 # weighed by what little the others saw.
@@ -50,7 +48,7 @@ def read_calibration_text(
 ) -> CalibrationText:
     """The first sequences of a UTF-8 text, each as long as the model allows up to SEQUENCE_LENGTH tokens.
 
-    Text shorter than one sequence is one shorter sequence.
+    `config` is the text model's. Text shorter than one sequence is one shorter sequence.
 
     Raises:
         CheckpointError: the text cannot be read, has too few tokens for the model's experts (a whole sequence is always
@@ -61,7 +59,7 @@ def read_calibration_text(
     longest = min(SEQUENCE_LENGTH, config.max_position_embeddings)
     ids = first_tokens(path, tokenizer, max_sequences * longest)
     length = min(longest, len(ids))
-    least = min(longest, _least_tokens(checkpoint.shape, config.num_experts_per_tok))
+    least = min(longest, _least_tokens(checkpoint.shape))
     if length < least:
         raise CheckpointError(
             f"calibration text {path} has {len(ids)} tokens, and a layer of {checkpoint.shape.num_experts} experts "
@@ -69,25 +67,26 @@ def read_calibration_text(
         )
     count = min(max_sequences, len(ids) // length)
     ids = ids[: count * length]
-    largest, rows = int(ids.max()), _embedding_rows(checkpoint)
+    embedding = f"{checkpoint.shape.layers.removesuffix('layers.')}embed_tokens.weight"
+    largest, rows = int(ids.max()), _num_rows(checkpoint, embedding)
     if largest >= rows:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer reads {tokenizer.convert_ids_to_tokens(largest)!r} in {path} as token "
-            f"{largest}, and {EMBEDDING} has rows for 0 to {rows - 1}; put the model's own tokenizer there"
+            f"{largest}, and {embedding} has rows for 0 to {rows - 1}; put the model's own tokenizer there"
         )
     record = Calibration(source=label(path), sha256=sha256, sequences=count, sequence_length=length)
     return CalibrationText(ids.reshape(count, length), record)
 
 
-def _least_tokens(shape: MoEShape, top_k: int) -> int:
-    return math.ceil(_LEAST_TOKENS_PER_EXPERT * shape.num_experts / top_k)
+def _least_tokens(shape: MoEShape) -> int:
+    return math.ceil(_LEAST_TOKENS_PER_EXPERT * shape.num_experts / shape.top_k)
 
 
-def _embedding_rows(checkpoint: Checkpoint) -> int:
-    info = checkpoint.tensors.get(EMBEDDING)
+def _num_rows(checkpoint: Checkpoint, embedding: str) -> int:
+    info = checkpoint.tensors.get(embedding)
     if info is None or len(info.shape) != 2:
         raise CheckpointError(
-            f"{checkpoint.path}: {EMBEDDING} is missing or no matrix, and calibration needs it; download the "
+            f"{checkpoint.path}: {embedding} is missing or no matrix, and calibration needs it; download the "
             f"checkpoint again"
         )
     return info.shape[0]

@@ -9,7 +9,7 @@ from vllm_puzzle.format import CODE_BITS, LayerCodes, coded_tensors
 
 from ..checkpoints.coded import code_bits, lay_out_coded, stored_bits
 from ..checkpoints.expert_tensors import layer_names
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.shards import TensorLayout
 from ..coding.budget import bytes_at, expert_bytes
 from ..coding.code_layer import code_layer

@@ -8,7 +8,7 @@ from vllm_puzzle.format import Calibration, FormatError, check_storable
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.expert_tensors import StoredExperts, layer_experts, layer_names
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.source import SourceCheckpoint
 from ..errors import CheckpointError
 from ..merging.layer import Activation, ExpertWeights
@@ -109,8 +109,7 @@ def names_by_layer(checkpoint: Checkpoint, shape: MoEShape) -> TensorNames:
     """Tensor names, sorted, by decoder layer; groups without any tensor are left out."""
     layers: list[int | None] = [None, *range(shape.num_hidden_layers)]
     groups: TensorNames = {layer: [] for layer in layers}
-    prefixes = {shape.layer_prefix(layer): layer for layer in range(shape.num_hidden_layers)}
     for name in sorted(checkpoint.tensors):
-        prefix = ".".join(name.split(".")[:3]) + "."
-        groups[prefixes.get(prefix)].append(name)
+        layer = shape.layer_of(name)
+        groups[layer if layer in groups else None].append(name)
     return {layer: names for layer, names in groups.items() if names}

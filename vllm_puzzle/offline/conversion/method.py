@@ -15,7 +15,7 @@ import torch
 
 from vllm_puzzle.format import LayerCodes, LayerSlots
 
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.shards import TensorLayout
 from ..merging.changes import WeightChanges
 from ..merging.layer import ExpertWeights, LayerTokens

@@ -1,6 +1,6 @@
 """The methods that options leave open for a model."""
 
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..defaults import DEFAULT_COMPRESSION
 from .code_method import CodeMethod
 from .method import Method

@@ -10,7 +10,7 @@ import torch
 from vllm_puzzle.format import WORD16, LayerSlots, packed_name, unpack
 
 from ..checkpoints.expert_tensors import layer_names
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.shards import TensorLayout
 from ..merging.layer import ExpertWeights, LayerTokens
 from ..merging.merge_layer import merge_layer

@@ -9,8 +9,11 @@ from transformers.activations import ACT2FN
 from ..checkpoints.dense import build_model, check_dense
 from ..checkpoints.destination import check_room
 from ..checkpoints.expert_tensors import check_experts
+from ..checkpoints.model_config import text_config
 from ..checkpoints.servable import check_servable
+from ..checkpoints.shape import MoEShape
 from ..checkpoints.source import SourceCheckpoint
+from ..errors import CheckpointError
 from ..progress import Report
 from .calibration import Calibrator
 from .calibration_text import CalibrationText, read_calibration_text
@@ -31,9 +34,17 @@ def prepare(source: Path, new_destination: Path | None, options: ConvertOptions,
     """
     checkpoint = SourceCheckpoint(source)
     config, shape = checkpoint.config, checkpoint.shape
-    check_servable(config, shape, str(source / "config.json"))
+    text_model = text_config(config)
+    if not shape.family.is_declared:
+        report(_describe_found(shape))
+    check_servable(text_model, shape, str(source / "config.json"))
     check_experts(checkpoint, shape)
     model = build_model(config, source / "config.json")
+    if model is None and options.calibration is not None:
+        raise CheckpointError(
+            f"transformers has no model of {shape.family.architecture}, and calibration runs a text through it; "
+            f"convert without --calibration"
+        )
     check_dense(checkpoint.shapes, model, shape, source, "download the checkpoint again")
     device = options.torch_device()
     methods = open_methods(options, shape)
@@ -44,16 +55,25 @@ def prepare(source: Path, new_destination: Path | None, options: ConvertOptions,
     if options.calibration is None:
         report(f"no calibration text was given: {methods[0].blind_notice}")
     else:
-        text = read_calibration_text(options.calibration, checkpoint, config, options.calibration_sequences)
+        text = read_calibration_text(options.calibration, checkpoint, text_model, options.calibration_sequences)
     return Setup(
         checkpoint,
         names_by_layer(checkpoint, shape),
-        ACT2FN[config.hidden_act],
+        ACT2FN[shape.hidden_act],
         device,
         options,
         methods,
         None if text is None else text.record,
         None if text is None else _make_calibrator(checkpoint, model, text, device, report),
+    )
+
+
+def _describe_found(shape: MoEShape) -> str:
+    layers = f"{len(shape.moe_layers)} of {shape.num_hidden_layers} layers"
+    return (
+        f"{shape.family.architecture} is not declared, so what its tensors and config show is taken: {layers} have "
+        f"{shape.num_experts} experts of 3 x {shape.intermediate_size} x {shape.hidden_size} with {shape.hidden_act}, "
+        f"named like {shape.expert_name(shape.moe_layers[0], 0, shape.family.projections[0])}"
     )
 
 

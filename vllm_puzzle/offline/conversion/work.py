@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..checkpoints.expert_tensors import expected_experts
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..merging.layer import TOKENS_AT_ONCE
 from .job import Setup
 
@@ -60,7 +60,7 @@ def measure_work(setup: Setup) -> Work:
     return Work(
         setup.shape,
         num_tokens=0 if setup.calibrator is None else setup.calibrator.token_ids.numel(),
-        top_k=setup.checkpoint.config.num_experts_per_tok,
+        top_k=setup.shape.top_k,
         layer_bytes=max(sum(tensors[name].plain_bytes for name in names) for names in layers),
         dense_weights=sum(math.prod(tensors[name].shape) for names in layers for name in names if name not in experts),
         jobs=setup.options.jobs,

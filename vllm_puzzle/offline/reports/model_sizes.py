@@ -16,10 +16,10 @@ from vllm_puzzle.format import INDEX_FILE
 from ..checkpoints.checkpoint import HUB_ID, read_weight_map
 from ..checkpoints.dense import build_model, check_dense
 from ..checkpoints.expert_tensors import check_expert_places, check_experts, expected_experts, layer_names
-from ..checkpoints.families import MoEShape, find_moe_shape
 from ..checkpoints.fp8 import SCALE_SUFFIX, block_size, scaled_bytes
-from ..checkpoints.model_config import read_config, read_json
+from ..checkpoints.model_config import read_config, read_json, text_config
 from ..checkpoints.servable import check_servable
+from ..checkpoints.shape import MoEShape, find_moe_shape
 from ..checkpoints.source import SourceCheckpoint
 from ..errors import CheckpointError
 
@@ -55,14 +55,16 @@ def read_model_sizes(model: str) -> ModelSizes:
     where = directory / "config.json"
     config = read_config(directory)
     block = block_size(read_json(where), Path(model))
-    shape = find_moe_shape(config, str(where))
-    check_servable(config, shape, str(where))
     index = directory / INDEX_FILE
     if index.is_file():
         weight_map = read_weight_map(index, "copy or download it again")
         if not all((directory / shard).is_file() for shard in set(weight_map.values())):
+            shape = find_moe_shape(config, str(where), dict.fromkeys(weight_map))
+            check_servable(text_config(config), shape, str(where))
             return _from_index(model, index, set(weight_map), config, shape, block)
     checkpoint = SourceCheckpoint(directory)
+    shape = checkpoint.shape
+    check_servable(text_config(config), shape, str(where))
     check_experts(checkpoint, shape)
     check_dense(
         checkpoint.shapes, build_model(config, directory / "config.json"), shape, model, "download the checkpoint again"
@@ -70,7 +72,7 @@ def read_model_sizes(model: str) -> ModelSizes:
     experts = [checkpoint.tensors[name] for name in expected_experts(shape)]
     expert_bytes, plain = sum(each.num_bytes for each in experts), sum(each.plain_bytes for each in experts)
     other_bytes, plain_other = checkpoint.num_bytes - expert_bytes, checkpoint.plain_bytes - plain
-    return ModelSizes(model, config, shape, expert_bytes, other_bytes, plain, plain_other, "headers")
+    return ModelSizes(model, text_config(config), shape, expert_bytes, other_bytes, plain, plain_other, "headers")
 
 
 def _from_index(
@@ -90,7 +92,8 @@ def _from_index(
     on_hub = dict.fromkeys(shape.hub_name(name) for name in names)
     check_expert_places(on_hub, shape, str(index))
     check_dense(on_hub, build_model(config, index.parent / "config.json"), shape, index, "download it again")
-    dtype: torch.dtype = config.dtype or torch.bfloat16
+    text = text_config(config)
+    dtype: Any = config.dtype or text.dtype or torch.bfloat16
     plain = sum(rows * columns for rows, columns in experts.values()) * dtype.itemsize
     fp8 = {name.removesuffix(SCALE_SUFFIX) for name in names if name.endswith(SCALE_SUFFIX)} if block else set()
     expert_bytes = sum(
@@ -106,10 +109,10 @@ def _from_index(
     plain_other = other_bytes
     if fp8 - experts.keys():
         # Embeddings and routers are never FP8; all else is taken to be, which is right but for norms and the like.
-        rows = (1 if config.tie_word_embeddings else 2) * config.vocab_size + len(shape.moe_layers) * shape.num_experts
+        rows = (1 if text.tie_word_embeddings else 2) * text.vocab_size + len(shape.moe_layers) * shape.num_experts
         exact = min(other_bytes, rows * shape.hidden_size * dtype.itemsize)
         plain_other = exact + (other_bytes - exact) * dtype.itemsize
-    return ModelSizes(model, config, shape, expert_bytes, other_bytes, plain, plain_other, "index")
+    return ModelSizes(model, text, shape, expert_bytes, other_bytes, plain, plain_other, "index")
 
 
 def _fused_experts(names: set[str], shape: MoEShape) -> set[str]:

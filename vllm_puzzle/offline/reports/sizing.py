@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from vllm_puzzle.format import Strict
 
-from ..checkpoints.families import MoEShape
+from ..checkpoints.shape import MoEShape
 from ..conversion.estimate import Estimate, Speed, choose_method
 from ..conversion.methods import open_methods
 from ..conversion.options import ConvertOptions
@@ -129,7 +129,7 @@ def size_model(
         num_hidden_layers=shape.num_hidden_layers,
         moe_layers=len(shape.moe_layers),
         num_experts=shape.num_experts,
-        top_k=config.num_experts_per_tok,
+        top_k=shape.top_k,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         compression=method.provenance()["compression"],
@@ -204,7 +204,7 @@ def work_of(sizes: ModelSizes, calibrated: bool) -> Work:
     return Work(
         shape,
         num_tokens=DEFAULT_SEQUENCES * min(SEQUENCE_LENGTH, config.max_position_embeddings) if calibrated else 0,
-        top_k=config.num_experts_per_tok,
+        top_k=shape.top_k,
         layer_bytes=int(layer_weights * bytes_per_weight),
         dense_weights=dense_weights,
     )
