@@ -146,7 +146,7 @@ _LLAMA4 = Family(
     weighs_inputs=True,
 )
 
-_QWEN3_5_MOE = replace(_QWEN2_MOE, architecture="Qwen3_5MoeForCausalLM", moe_layers=_every_layer, hub_is_fused=True)
+_QWEN3_5_MOE = replace(_QWEN2_MOE, architecture="Qwen3_5MoeForCausalLM", moe_layers=_every_layer)
 
 FAMILIES = {
     family.architecture: family
