@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 # Odd multiples, so that a swap of two sizes cannot go unnoticed.
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K, NUM_LAYERS = 96, 40, 8, 2, 3
@@ -216,6 +216,63 @@ UNDECLARED: dict[str, dict[str, Any]] = {
     },
 }
 
+_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": HIDDEN_SIZE,
+    "patch_size": 4,
+    "image_size": 16,
+}
+
+_TOKENS = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+
+
+def _rope(sections: list[int], **more: Any) -> dict[str, Any]:
+    """Rotary embeddings of time, height and width; the sections are halves of what a head has for each."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}
+
+
+# Models that see, by what they have beside the configs of their text models.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "qwen3_vl_moe": (
+        {**_USUAL, "norm_topk_prob": True, "rope_parameters": _rope([8, 4, 4], mrope_interleaved=True)},
+        {**_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        _TOKENS,
+    ),
+    "qwen3_5_moe": (
+        {
+            **_USUAL,
+            "shared_expert_intermediate_size": 48,
+            "layer_types": _ATTENTION,
+            "rope_parameters": _rope([2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25),
+        },
+        {**_VISION, "num_position_embeddings": 16},
+        _TOKENS,
+    ),
+    "llama4": (
+        FAMILIES["llama4_text"],
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "image_size": 16,
+            "patch_size": 4,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+        {"image_token_index": 250},
+    ),
+    "glm4v_moe": (
+        {**FAMILIES["glm4_moe"], "rope_parameters": _rope([4, 2, 2], partial_rotary_factor=0.5)},
+        _VISION,
+        _TOKENS,
+    ),
+}
+
 # The classes that transformers spells otherwise than the hub.
 _HUB_ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
@@ -239,7 +296,26 @@ def build_tiny(
     """
     config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | UNDECLARED)[family], **overrides})
     torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return _save(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), path, router_bias, save)
+
+
+def build_tiny_multimodal(family: str, path: Path) -> Path:
+    """As `build_tiny`, of a model that sees."""
+    text, vision, tokens = MULTIMODAL[family]
+    config = AutoConfig.for_model(family, text_config={**_COMMON, **text}, vision_config=vision, **tokens)
+    torch.manual_seed(len(family))
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        # Some parts of towers are left as they were allocated.
+        if parameter.ndim < 2 or not parameter.isfinite().all():
+            parameter.data = torch.rand(parameter.shape).to(parameter.dtype)
+    _save(model, path)
+    (path / "preprocessor_config.json").write_text('{"patch_size": 4}')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
+def _save(model: Any, path: Path, router_bias: bool = True, save: dict[str, Any] | None = None) -> Path:
     for module in model.modules():
         bias = getattr(module, "e_score_correction_bias", None)
         if isinstance(bias, torch.Tensor) and router_bias:

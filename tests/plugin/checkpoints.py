@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.coded import store_layers, uneven
-from tests.plugin.engine import SERVED
+from tests.plugin.engine import MORE_UNDECLARED, SERVED, UNDECLARED
 from tests.tiny import NUM_EXPERTS, build_tiny, dated_text
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import LayerCodes
@@ -79,7 +79,7 @@ class Checkpoints:
     def _make(self, family: str) -> tuple[Path, Path, Path]:
         if family not in self._made:
             folder = self._folders.mktemp(family)
-            source = build_tiny(family, folder / "source", **SERVED[family])
+            source = build_tiny(family, folder / "source", **(SERVED | UNDECLARED | MORE_UNDECLARED)[family])
             self._made[family] = (*pack_and_unpack(source, folder, TEXT), source)
         return self._made[family]
 

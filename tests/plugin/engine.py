@@ -41,6 +41,19 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_next": _ATTENTION_ALONE,
 }
 
+# Families that are not declared, which it serves too; each shows something that the others do not.
+UNDECLARED: dict[str, dict[str, Any]] = {
+    "exaone_moe": {},
+    "granitemoe_swa": {},
+    "lfm2_moe": _ATTENTION_ALONE,
+}
+# They repeat what those show, the first two by vLLM's backend of transformers' models.
+MORE_UNDECLARED: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_moe": {},
+    "mellum": {},
+    "cohere2_moe": {},
+}
+
 # vLLM 0.32's rotary kernel for CPUs gives DeepSeek wrong numbers, packed or not; torch's own operations do not.
 _TORCH_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"deepseek_v2": _TORCH_ROTARY, "deepseek_v3": _TORCH_ROTARY}

@@ -76,7 +76,7 @@ class PuzzleMoEConfig(QuantizationConfig):
         """
         self._hf_config = hf_config
         # Of a model that sees or hears, the part that writes text.
-        text = hf_config if hf_config is None else hf_config.get_text_config()
+        text: Any = hf_config if hf_config is None else hf_config.get_text_config()
         self._num_hidden_layers = getattr(text, "num_hidden_layers", None)
         for config in (hf_config, text):
             if getattr(config, "_experts_implementation", None) == QUANT_METHOD:

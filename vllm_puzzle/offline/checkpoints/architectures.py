@@ -120,7 +120,6 @@ MULTIMODAL = (
 
 ARCHITECTURES = frozenset(TEXT + MULTIMODAL)
 
-# What these names cannot be read from a checkpoint's tensors, or vLLM does not load packed experts into.
 REFUSED = {
     "Ernie4_5_VLMoeForConditionalGeneration": "its experts for text and for images are of two sizes in one list",
     "DbrxForCausalLM": "all experts of a layer lie in one two-dimensional tensor",

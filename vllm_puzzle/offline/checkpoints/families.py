@@ -70,15 +70,8 @@ class Family:
     weighs_inputs: bool = False
     is_declared: bool = True
 
-    def module_name(self, name: str) -> str:
-        """What transformers calls a tensor of the hub, both below the layer."""
-        for on_disk, module in self._beginnings:
-            if name.startswith(on_disk):
-                return module + name.removeprefix(on_disk)
-        return name
-
     def hub_name(self, name: str) -> str:
-        """The inverse of `module_name`; a name of the hub stays."""
+        """What a tensor is called on the hub that has that name or transformers' own, both below the layer."""
         if any(name.startswith(on_disk) for on_disk, _ in self._beginnings):
             return name
         for on_disk, module in self._beginnings:
@@ -146,7 +139,7 @@ _LLAMA4 = Family(
     weighs_inputs=True,
 )
 
-_QWEN3_5_MOE = replace(_QWEN2_MOE, architecture="Qwen3_5MoeForCausalLM", moe_layers=_every_layer, hub_is_fused=True)
+_QWEN3_5_MOE = replace(_QWEN2_MOE, architecture="Qwen3_5MoeForCausalLM", moe_layers=_every_layer)
 
 FAMILIES = {
     family.architecture: family

@@ -42,7 +42,7 @@ class SourceCheckpoint(Checkpoint):
         for name in list(self.tensors):
             self._rename(name, self.shape.hub_name(name))
         for layer in self.shape.moe_layers:
-            for fused in self.shape.family.fused:
+            for fused in self._fused_layouts(layer):
                 self._split_experts(layer, fused)
 
     @property
@@ -79,6 +79,17 @@ class SourceCheckpoint(Checkpoint):
         self._stored[hub_name] = self._stored.pop(name)
         if name in self._scales:
             self._scales[hub_name] = self._scales.pop(name)
+
+    def _fused_layouts(self, layer: int) -> list[Fused]:
+        """The family's, one for each pair of names: of two that differ in their shapes alone, the one that fits."""
+        shape, chosen = self.shape, {}
+        for fused in self.shape.family.fused:
+            names = [shape.block_prefix(layer) + name for name in (fused.gate_up, fused.down)]
+            sizes = fused.shapes(shape.num_experts, shape.hidden_size, shape.intermediate_size)
+            fits = [self.tensors[name].shape for name in names if name in self.tensors] == list(sizes)
+            if fits or tuple(names) not in chosen:
+                chosen[tuple(names)] = fused
+        return list(chosen.values())
 
     def _split_experts(self, layer: int, fused: Fused) -> None:
         shape = self.shape

@@ -62,12 +62,12 @@ class OutputCorrection:
             change = (before - after).to(rows.dtype) @ down.to(rows.dtype).T
             self._lost[expert].append(change)
             w = weights[:, None]
-            asked, share, read = change * w, _SHARE * self._lacking[tokens], after * w
+            wanted, part, read = change * w, _SHARE * self._lacking[tokens], after * w
             moment += read.T @ read
-            lost.add(asked, read)
-            lacking.add(share, read)
+            lost.add(wanted, read)
+            lacking.add(part, read)
             count += len(tokens)
-            both += float((asked * share).sum())
+            both += float((wanted * part).sum())
             produced += float(((before * w) @ down.T).square().sum())
         own, share = moment, len(moment) / (len(moment) + count)
         moment = (1 - share) * own + share * statistics.intermediate
