@@ -143,6 +143,22 @@ def test_a_weight_that_is_not_finite_is_named(source: Path, tmp_path: Path, caps
     assert not (tmp_path / "packed").exists()
 
 
+def test_weights_too_large_to_be_weighed_are_named(
+    source: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Larger than a word can hold is no reason: codes have scales."""
+    name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
+    edit_tensors(source, lambda tensors: tensors[name].mul_(2.0**20))
+    seen = ["--calibration", str(text), "--calibration-sequences", "1"]
+    convert(source, tmp_path / "packed", "--bits", "2", "--even", *seen)
+    edit_tensors(source, lambda tensors: tensors[name].mul_(2.0**100))
+    capsys.readouterr()
+    for options in ([], ["--even", *seen]):
+        assert main(["convert", str(source), str(tmp_path / "huge"), "--bits", "2", *options]) == 1
+        assert "experts.5.w2.weight" in capsys.readouterr().err or not options
+        assert not (tmp_path / "huge").exists()
+
+
 def test_layers_of_every_kind_in_one_checkpoint(source: Path, tmp_path: Path) -> None:
     paired = convert(source, tmp_path / "paired", "--rule", "saliency")
     coded = convert(source, tmp_path / "coded", "--bits", "2")

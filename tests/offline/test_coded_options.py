@@ -30,6 +30,7 @@ SHAPE = MoEShape(FAMILIES["MixtralForCausalLM"], 8, 4096, 2048, 4, (0, 1, 2, 3))
         ({"bits": 3, "tau": 0.4}, "--tau 0.4 is for pairs"),
         ({"bits": 3, "max_expert_parallel": 2}, "--max-expert-parallel 2 is for pairs"),
         ({"bits": 3, "rule": "paper"}, "--rule paper is for pairs"),
+        ({"bits": 3, "seed": 4}, "--seed 4 draws pairs, and --bits 3 asks for codes; leave out"),
         ({"even": True}, "--even is for codes; give --bits B, from 2 to 4"),
         ({"rule": "codebook"}, "--rule codebook is for codes; give --bits B, from 2 to 4"),
         ({"bits": 3, "calibration": TEXT, "jobs": 2}, "--jobs 2 with --bits and --calibration: .* leave out --jobs"),

@@ -72,13 +72,13 @@ def test_other_bits_do_not_resume(
         BreakAt(80).install(patch)
         assert main([*arguments, "--bits", "2"]) == 130
     for change, part in (
-        (["--bits", "3"], "--bits 2.0"),
-        (["--bits", "2", "--even"], "--even False"),
-        ([], "--bits 2.0"),
+        (["--bits", "3"], "with --bits 2.0, now it is with --bits 3.0"),
+        (["--bits", "2", "--even"], "without --even, now it is with --even"),
+        ([], "with --bits 2.0, now it is without --bits"),
     ):
         capsys.readouterr()
         assert main([*arguments, *change, "--resume"]) == 1
-        assert f"was begun with {part}, now it is" in capsys.readouterr().err
+        assert f"was begun {part}; give" in capsys.readouterr().err
 
 
 @pytest.mark.heavy

@@ -107,6 +107,22 @@ def test_verify_finds_what_was_changed(
         (packed / SHARD).write_bytes(whole)
 
 
+@pytest.mark.parametrize("change", ["no zero", "a point", "a scale"])
+def test_what_cannot_be_decoded_is_not_unpacked_either(
+    change: str, blind: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, packed = blind
+    tensors = load_file(packed / SHARD)
+    whole = (packed / SHARD).read_bytes()
+    edit, parts = CHANGES[change]
+    edit(tensors)
+    save_file(tensors, packed / SHARD, {"format": "pt"})
+    try:
+        assert_refused(["unpack", str(packed), str(tmp_path / "plain")], tmp_path, capsys, *parts)
+    finally:
+        (packed / SHARD).write_bytes(whole)
+
+
 def test_with_calibration_an_expert_is_known_by_what_it_computes(
     source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

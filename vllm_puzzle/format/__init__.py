@@ -8,6 +8,7 @@ from .coded_layer import CodedShape, LayerCodes
 from .codes import (
     CODE_BITS,
     CODES_PER_GROUP,
+    check_codable,
     check_codebook,
     decode,
     join_rows,
@@ -71,6 +72,7 @@ __all__ = [
     "PuzzleMoEQuantizationConfig",
     "Strict",
     "WordLayout",
+    "check_codable",
     "check_codebook",
     "check_packed_names",
     "check_storable",

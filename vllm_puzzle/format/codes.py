@@ -4,6 +4,8 @@ A code of gate and up is for the weights `gate[n, k]` and `up[n, k]` of neuron n
 and `down[2 r + 1, k]`. A weight is a coordinate of the code's point times the scale of its row.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .layout import FormatError
@@ -106,9 +108,24 @@ def zero_code(codebook: torch.Tensor, name: str = "codebook") -> int:
 def check_codebook(codebook: torch.Tensor, scales: torch.Tensor, name: str = "codebook") -> None:
     """Raises FormatError for a codebook or scales that no converter writes: without (0, 0), or not finite."""
     zero_code(codebook, name)
-    for what, values in (("codebook", codebook), ("scales", scales)):
+    for what, values in (("points", codebook), ("scales", scales)):
         if not torch.isfinite(values).all():
             raise FormatError(f"{name}: its {what} hold numbers that are not finite")
+
+
+def check_codable(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    """Raises FormatError for the first element that no code can stand for; names its tensor and index.
+
+    Args:
+        matrices: of one expert; `names` are theirs.
+    """
+    for matrix, name in zip(matrices, names, strict=True):
+        finite = matrix.isfinite()
+        if not finite.all():
+            index = (~finite).nonzero()[0].tolist()
+            raise FormatError(
+                f"{name}{index} is {matrix[tuple(index)].item()}: codes stand for finite numbers; repair the tensor"
+            )
 
 
 def decode(codes: torch.Tensor, codebook: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

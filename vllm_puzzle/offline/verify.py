@@ -160,7 +160,7 @@ def _check_packed(name: str, sources: list[torch.Tensor], packed: PackedCheckpoi
         _check_words(name, packed.checkpoint.read([name])[name], sources, packed)
     elif sources:
         # Its codebook and scales are compared with its codes.
-        check_coded_matrix(packed, coded, packed.checkpoint.read(coded.names), sources)
+        check_coded_matrix(packed, coded, sources)
 
 
 def _check_words(name: str, words: torch.Tensor, sources: list[torch.Tensor], packed: PackedCheckpoint) -> None:

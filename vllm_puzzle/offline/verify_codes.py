@@ -1,10 +1,10 @@
 """Comparing coded experts with their source: what can be said of single codes, and of what an expert computes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from vllm_puzzle.format import FormatError, LayerCodes, check_codebook
+from vllm_puzzle.format import LayerCodes
 
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.coded import StoredMatrix, stored_matrices
@@ -25,25 +25,19 @@ _ROUNDING = 1e-5
 _AGAIN = "convert the source again"
 
 
-def check_coded_matrix(
-    packed: PackedCheckpoint, matrix: StoredMatrix, tensors: Mapping[str, torch.Tensor], sources: Sequence[torch.Tensor]
-) -> None:
+def check_coded_matrix(packed: PackedCheckpoint, matrix: StoredMatrix, sources: Sequence[torch.Tensor]) -> None:
     """Raises CheckpointError for the first number of a coded matrix that the rule cannot have written.
 
     Without calibration every code is that of the point nearest to its two weights. With it a code makes up for the
     errors of others, so none follows from its own weights: see `check_coded_expert`.
 
     Args:
-        tensors: those of `matrix.names`.
         sources: the matrices that it stands for, in the order of `matrix.sources`.
     """
-    where, (name, codebook_name, *scale_names) = packed.checkpoint.path, matrix.names
+    where, (name, _, *scale_names) = packed.checkpoint.path, matrix.names
     _check_rule(packed)
+    tensors = packed.read_coded(matrix)
     codes, codebook, scales = matrix.codes(tensors), matrix.codebook(tensors), matrix.scales(tensors)
-    try:
-        check_codebook(codebook, scales, codebook_name)
-    except FormatError as error:
-        raise CheckpointError(f"{where}: {error}; {_AGAIN}") from None
     for scale_name in scale_names:
         if (tensors[scale_name] < 0).any():
             index = int((tensors[scale_name] < 0).nonzero()[0])
@@ -67,7 +61,7 @@ def check_coded_expert(original: Checkpoint, packed: PackedCheckpoint, codes: La
     names = packed.shape.expert_names(codes.layer, expert)
     found: list[torch.Tensor] = []
     for matrix in stored_matrices(packed.shape, codes, expert):
-        found += matrix.decoded(packed.checkpoint.read(matrix.names))
+        found += matrix.decoded(packed.read_coded(matrix))
     likeness = measure_likeness(list(original.read(names).values()), found, packed.activation)
     width = min(codes.w13_bits[expert], codes.w2_bits[expert])
     if not likeness >= _LEAST_LIKENESS[width]:

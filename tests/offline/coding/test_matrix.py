@@ -110,3 +110,13 @@ def test_compiled_and_in_torch_a_matrix_comes_out_alike(full: bool) -> None:
         expected = code_matrix(weights, inputs, costs, 5)
     for name in ("codes", "codebook", "scales"):
         assert torch.equal(getattr(made, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("exponent", [-90, 70])
+def test_very_small_and_very_large_weights_are_coded_alike(exponent: int) -> None:
+    """Their squares are no float32 numbers."""
+    weights, moments, costs = torch.randn(2, 12, 64), torch.eye(64), torch.ones(2, 12)
+    for statistics in (moments, moments.diagonal()):
+        usual, scaled = (code_matrix(each, statistics, costs, 6) for each in (weights, weights * 2.0**exponent))
+        assert torch.equal(usual.codes, scaled.codes)
+        assert torch.equal(usual.decoded() * 2.0**exponent, scaled.decoded())

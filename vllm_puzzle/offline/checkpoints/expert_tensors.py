@@ -1,11 +1,11 @@
 """Which tensors of a checkpoint are expert matrices, and whether they are all there with the right shapes."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import FormatError, check_storable, is_expert_tensor
+from vllm_puzzle.format import FormatError, is_expert_tensor
 
 from ..errors import CheckpointError
 from ..merging.layer import Activation, ExpertWeights
@@ -41,24 +41,28 @@ def layer_experts(
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """A layer's experts; each is read whenever tokens are run through it, and not kept."""
+    """A layer's experts; each is read whenever tokens are run through it, and not kept.
+
+    `check` raises FormatError for a matrix that cannot be stored: of one expert's, and their names.
+    """
 
     checkpoint: Checkpoint
     shape: MoEShape
     layer: int
     activation: Activation
     device: torch.device
+    check: Callable[[Sequence[torch.Tensor], Sequence[str]], None]
 
     @property
     def num_experts(self) -> int:
         return self.shape.num_experts
 
     def output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Experts`; raises CheckpointError where a tensor cannot be read, or no word holds an element."""
+        """See `Experts`; raises CheckpointError where a tensor cannot be read, or `check` refuses it."""
         tensors = self.checkpoint.read(self.shape.expert_names(self.layer, expert))
         matrices = tensors.values()
         try:
-            check_storable(list(matrices), list(tensors))
+            self.check(list(matrices), list(tensors))
         except FormatError as error:
             raise CheckpointError(str(error)) from None
         gate, up, down = ([matrix.to(self.device)] for matrix in matrices)

@@ -9,6 +9,7 @@ from vllm_puzzle.format import (
     QUANT_METHOD,
     FormatError,
     PuzzleMoEQuantizationConfig,
+    check_codebook,
     check_packed_names,
     is_packed,
     parse_expert_name,
@@ -120,11 +121,20 @@ class PackedCheckpoint:
         codes = None if parsed is None else self._coded.get(parsed.prefix)
         return None if parsed is None or codes is None else stored_matrix(self.shape, codes, parsed)
 
+    def read_coded(self, matrix: StoredMatrix) -> dict[str, torch.Tensor]:
+        """The tensors of a coded matrix; raises CheckpointError for points or scales that no converter writes."""
+        tensors = self.checkpoint.read(matrix.names)
+        try:
+            check_codebook(matrix.codebook(tensors), matrix.scales(tensors), matrix.names[1])
+        except FormatError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: {error}; convert the source again") from None
+        return tensors
+
     def decode(self, name: str) -> dict[str, torch.Tensor]:
         """The matrices that a packed tensor stands for, bfloat16, by their source names; see `members`."""
         names = self.members(name) or []
         if names and (coded := self.coded(name)):
-            matrices = [matrix.bfloat16() for matrix in coded.decoded(self.checkpoint.read(coded.names))]
+            matrices = [matrix.bfloat16() for matrix in coded.decoded(self.read_coded(coded))]
         else:
             words = self.checkpoint.read([name])[name] if names else torch.empty(0)
             matrices = [unpack(words, member, self.layout) for member in range(len(names))]

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from vllm_puzzle.format import FormatError, LayerCodes
+from vllm_puzzle.format import FormatError, LayerCodes, check_codable
 
 from ..merging.changes import WeightChanges, squared
 from ..merging.correction import OutputCorrection
@@ -44,7 +42,7 @@ def code_layer(
         tokens: the calibration tokens at this layer, with what its output lacks; None codes each weight by itself.
 
     Raises:
-        FormatError: a weight that is not finite; names tensor and index.
+        FormatError: a weight that is not finite, by tensor and index, or one that is too large to be weighed.
     """
     experts = ExpertWeights.unread(codes.num_experts, activation)
     routed, correction = None, None
@@ -55,9 +53,10 @@ def code_layer(
     statistics = CodingStatistics()
     for expert in range(codes.num_experts):
         experts.put(expert, read(expert))
-        _check_finite(experts.matrices(expert), names[expert])
+        check_codable(experts.matrices(expert), names[expert])
         saliency = measure_saliency(experts, expert, routed, full=routed is not None)
         coded = code_expert(experts, expert, (codes.w13_bits[expert], codes.w2_bits[expert]), saliency, correction)
+        _check_coded(coded, experts, expert, names[expert])
         for matrix, source in zip(coded.matrices(), experts.matrices(expert), strict=True):
             statistics.squared_error += squared(matrix.float() - source.float())
             statistics.squared_weight += squared(source.float())
@@ -67,11 +66,11 @@ def code_layer(
     return statistics
 
 
-def _check_finite(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    for matrix, name in zip(matrices, names, strict=True):
-        finite = matrix.isfinite()
-        if not finite.all():
-            index = (~finite).nonzero()[0].tolist()
-            raise FormatError(
-                f"{name}{index} is {matrix[tuple(index)].item()}: codes stand for finite numbers; repair the tensor"
-            )
+def _check_coded(coded: CodedExpert, experts: ExpertWeights, expert: int, names: Sequence[str]) -> None:
+    """Raises FormatError where finite weights became numbers that are not, since their squares are none."""
+    if all(each.codebook.isfinite().all() and each.scales.isfinite().all() for each in (coded.w13, coded.w2)):
+        return
+    largest, name = max(
+        (float(matrix.abs().max()), name) for matrix, name in zip(experts.matrices(expert), names, strict=True)
+    )
+    raise FormatError(f"{name} has magnitudes up to {largest:g}, whose squares overflow float32; repair the tensor")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,6 +54,21 @@ def code_matrix(weights: torch.Tensor, moments: torch.Tensor, costs: torch.Tenso
         costs: what a unit of squared error in each row's output costs, float32 (2, rows).
         bits: the width of a code.
     """
+    # Squares of what is very large or small would leave float32; a power of two changes no decision.
+    unit = _unit(weights)
+    coded = _code(weights / unit, moments, costs / _unit(costs), bits)
+    return replace(coded, scales=coded.scales * unit)
+
+
+def _unit(values: torch.Tensor) -> float:
+    """The power of two next above the largest magnitude, 1 where all are zero or one is not finite."""
+    largest = float(values.abs().max())
+    # The inverse is to be a float32 number too.
+    return 2.0 ** max(-126, min(126, math.frexp(largest)[1])) if 0 < largest < math.inf else 1.0
+
+
+def _code(weights: torch.Tensor, moments: torch.Tensor, costs: torch.Tensor, bits: int) -> CodedMatrix:
+    """`code_matrix`, of weights and costs around 1."""
     if moments.ndim == 1:
         return _code_by_nearest(weights, moments, costs, bits)
     full = Moments.of(moments)

@@ -1,10 +1,11 @@
 """What every pass over a source checkpoint needs to know."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_puzzle.format import Calibration, FormatError, check_storable
+from vllm_puzzle.format import Calibration, FormatError, check_codable, check_storable
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.expert_tensors import StoredExperts, layer_experts, layer_names
@@ -57,7 +58,12 @@ class Setup:
         """A layer's experts, read when they are used; None for a dense layer."""
         if layer not in self.shape.moe_layers:
             return None
-        return StoredExperts(self.checkpoint, self.shape, layer, self.activation, self.device)
+        return StoredExperts(self.checkpoint, self.shape, layer, self.activation, self.device, self._check)
+
+    @property
+    def _check(self) -> Callable[[Sequence[torch.Tensor], Sequence[str]], None]:
+        """Raises FormatError for what cannot be stored: of matrices by their names."""
+        return check_storable if self.options.bits is None else check_codable
 
     def read_experts(self, layer: int) -> ExpertWeights | None:
         """A layer's experts, all at once; None for a dense layer.
@@ -72,7 +78,7 @@ class Setup:
         experts = layer_experts(self.shape, layer, tensors, self.activation, self.device)
         try:
             for expert, matrices in enumerate(names):
-                check_storable(experts.matrices(expert), matrices)
+                self._check(experts.matrices(expert), matrices)
         except FormatError as error:
             raise CheckpointError(str(error)) from None
         return experts

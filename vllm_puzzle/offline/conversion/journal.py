@@ -210,10 +210,20 @@ def _compare(begun: Mapping[str, Any], origin: Mapping[str, Any], directory: Pat
     now = json.loads(json.dumps(origin))
     for key in sorted(begun.keys() | now.keys()):
         if begun.get(key) != now.get(key):
+            then, here = (_given(key, options.get(key)) for options in (begun, now))
             raise CheckpointError(
-                f"{directory} was begun with {key} {begun.get(key)}, now it is {now.get(key)}; give what it was begun "
-                f"with, or remove the folder and convert anew"
+                f"{directory} was begun {then}, now it is {here}; give what it was begun with, or remove the folder "
+                f"and convert anew"
             )
+
+
+def _given(key: str, value: Any) -> str:
+    """An option as a user gives it, or leaves it out; a text is known by its checksum."""
+    if value is None or value is False:
+        return f"without {key}"
+    if key == "--calibration":
+        return f"with the {key} of SHA-256 {value}"
+    return f"with {key}" if value is True else f"with {key} {value}"
 
 
 def _check_shards(directory: Path, steps: list[dict[str, Any]]) -> None:

@@ -113,6 +113,10 @@ class ConvertOptions:
             option = f"--{name.replace('_', '-')}"
             shown = {"True": option, "False": f"--no-{name}"}.get(str(value), f"{option} {value}")
             raise CheckpointError(f"{shown} is for pairs, and --bits {bits:g} asks for codes; leave out one of the two")
+        if self.seed != DEFAULT_SEED:
+            raise CheckpointError(
+                f"--seed {self.seed} draws pairs, and --bits {bits:g} asks for codes; leave out one of the two"
+            )
         if self.calibration is not None and self.workers.are_others:
             option = self._parallel_option
             raise CheckpointError(

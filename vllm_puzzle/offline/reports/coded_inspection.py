@@ -73,7 +73,7 @@ def inspect_codes(
 def _codebooks(packed: PackedCheckpoint, codes: LayerCodes, advance: Callable[[int], None]) -> Iterator[Codebook]:
     kinds: tuple[Literal["gate and up", "down"], ...] = ("gate and up", "down")
     for kind, matrix in zip(kinds, stored_matrices(packed.shape, codes, SHOWN_EXPERT), strict=True):
-        tensors = packed.checkpoint.read(matrix.names)
+        tensors = packed.read_coded(matrix)
         used = matrix.codes(tensors)[:, : matrix.columns].flatten().to(torch.int32)
         yield Codebook(
             matrix=kind,
