@@ -41,17 +41,17 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_next": _ATTENTION_ALONE,
 }
 
-# Families that are not declared, which it serves too; each shows something that the others do not.
+# Families that are not declared, which it serves too: fused experts with a multiplier, and experts named w1, w3, w2.
 UNDECLARED: dict[str, dict[str, Any]] = {
-    "exaone_moe": {},
     "granitemoe_swa": {},
     "lfm2_moe": _ATTENTION_ALONE,
 }
-# They repeat what those show, the first two by vLLM's backend of transformers' models.
+# They repeat what those show, the last two by vLLM's backend of transformers' models.
 MORE_UNDECLARED: dict[str, dict[str, Any]] = {
+    "exaone_moe": {},
+    "cohere2_moe": {},
     "hunyuan_v1_moe": {},
     "mellum": {},
-    "cohere2_moe": {},
 }
 
 # vLLM 0.32's rotary kernel for CPUs gives DeepSeek wrong numbers, packed or not; torch's own operations do not.
