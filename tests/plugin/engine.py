@@ -50,13 +50,16 @@ UNDECLARED: dict[str, dict[str, Any]] = {
 MORE_UNDECLARED: dict[str, dict[str, Any]] = {
     "exaone_moe": {},
     "cohere2_moe": {},
+    "glm4_moe_lite": {**_LATENT, "head_dim": 64},
     "hunyuan_v1_moe": {},
     "mellum": {},
 }
 
 # vLLM 0.32's rotary kernel for CPUs gives DeepSeek wrong numbers, packed or not; torch's own operations do not.
 _TORCH_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"deepseek_v2": _TORCH_ROTARY, "deepseek_v3": _TORCH_ROTARY}
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _TORCH_ROTARY
+)
 
 
 @dataclass(frozen=True)
