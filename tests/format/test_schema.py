@@ -210,8 +210,10 @@ def test_names_are_read_as_they_are_written() -> None:
     assert layer_index(name) == 10
     assert parse_packed_name("model.layers.0.mlp.experts.3.w1.weight") is None
     assert layer_index("lm_head.weight") is None
+    # Whatever comes before the layers.
+    assert layer_index("language_model.model.layers.7.mlp.experts") == layer_index("layers.7.ffn") == 7
     # Of a part for multi-token prediction beside the model.
-    assert layer_index("mtp.layers.0.mlp.experts") is None
+    assert layer_index("mtp.layers.0.mlp.experts") is layer_index("model.mtp.layers.0.mlp.experts") is None
 
 
 def test_complete_names_pass() -> None:
@@ -219,7 +221,14 @@ def test_complete_names_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", ["model.layers.3.mlp.experts.0.up_proj.weight", "mtp.layers.1.mlp.experts.0.w1.weight"]
+    "extra",
+    [
+        "model.layers.3.mlp.experts.0.up_proj.weight",
+        "mtp.layers.1.mlp.experts.0.w1.weight",
+        "model.layers.1.mlp.experts.e_score_correction_bias",
+        # Beside the model that the packed ones are of.
+        "talker.model.layers.1.mlp.experts.0.up_proj.weight",
+    ],
 )
 def test_plain_experts_outside_the_packed_layers_pass(extra: str) -> None:
     check_packed_names([*names(), extra], quantization(), "m")

@@ -15,6 +15,7 @@ from tests.offline.planning import leave_only_the_index, planned
 from tests.tiny import UNDECLARED, build_tiny, by_expert
 from vllm_puzzle.cli import main
 from vllm_puzzle.format import parse_expert_name
+from vllm_puzzle.offline.checkpoints.layout import Layout, find_layout
 
 pytestmark = pytest.mark.heavy
 
@@ -65,6 +66,29 @@ def test_experts_in_an_index_that_are_three_dimensional(tmp_path: Path, capsys: 
     source = build_tiny("gemma4_text", tmp_path / "source")
     leave_only_the_index(source, total_size=1 << 20)
     assert_one_sentence(capsys, ["plan", str(source)], "three-dimensional tensors", "put them beside the index")
+
+
+@pytest.mark.parametrize("layers", ["layers.", "model.layers.", "thinker.model.layers.", "backbone.model.layers."])
+@pytest.mark.parametrize("block", ["", "mlp", "block_sparse_moe.inner"])
+def test_experts_are_found_whatever_stands_around_them(layers: str, block: str) -> None:
+    shapes = {"w1": (40, 96), "w3": (40, 96), "w2": (96, 40)}
+    place = f"{block}.experts" if block else "experts"
+    own = {
+        f"{layers}{layer}.{place}.{expert}.{name}.weight": shape
+        for layer in (1, 3)
+        for expert in range(4)
+        for name, shape in shapes.items()
+    }
+    others = [
+        "talker.model.layers.0.mlp.experts.0.gate_proj.weight",
+        "mtp.layers.0.mlp.experts.0.gate_proj.weight",
+        # After the decoder.
+        f"{layers}5.mlp.experts.0.gate_proj.weight",
+        "visual.blocks.0.mlp.experts.0.gate_proj.weight",
+        f"{layers}1.mlp.shared_experts.gate_proj.weight",
+    ]
+    found = find_layout({**own, **dict.fromkeys(others, (2, 2))}, 5, "m")
+    assert found == Layout(layers, block, ("w1", "w3", "w2"), (1, 3), 4, (96, 40))
 
 
 Tensors = dict[str, torch.Tensor]

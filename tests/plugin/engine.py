@@ -41,22 +41,25 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_next": _ATTENTION_ALONE,
 }
 
-# Families that are not declared, which it serves too; each shows something that the others do not.
+# Families that are not declared, which it serves too: fused experts with a multiplier, and experts named w1, w3, w2.
 UNDECLARED: dict[str, dict[str, Any]] = {
-    "exaone_moe": {},
     "granitemoe_swa": {},
     "lfm2_moe": _ATTENTION_ALONE,
 }
-# They repeat what those show, the first two by vLLM's backend of transformers' models.
+# They repeat what those show, the last two by vLLM's backend of transformers' models.
 MORE_UNDECLARED: dict[str, dict[str, Any]] = {
+    "exaone_moe": {},
+    "cohere2_moe": {},
+    "glm4_moe_lite": {**_LATENT, "head_dim": 64},
     "hunyuan_v1_moe": {},
     "mellum": {},
-    "cohere2_moe": {},
 }
 
 # vLLM 0.32's rotary kernel for CPUs gives DeepSeek wrong numbers, packed or not; torch's own operations do not.
 _TORCH_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"deepseek_v2": _TORCH_ROTARY, "deepseek_v3": _TORCH_ROTARY}
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _TORCH_ROTARY
+)
 
 
 @dataclass(frozen=True)

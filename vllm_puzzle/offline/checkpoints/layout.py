@@ -18,6 +18,8 @@ _MATRIX = re.compile(
 _WHOLE = re.compile(
     r"(?P<layers>(?:.+?\.)?layers\.)(?P<layer>\d+)\.(?P<block>(?:[^.]+\.)*?)experts\.(?P<kind>gate_up_proj|down_proj)"
 )
+# Parts for multi-token prediction, and what speaks, which vLLM does not serve.
+_BESIDE = ("mtp.", "talker.")
 _BIAS = re.compile(r".+\.layers\.\d+\.(?:.+\.)?experts\.(?:\d+\.\w+\.bias|(?:gate_up|down)_proj_bias)")
 
 
@@ -106,7 +108,7 @@ def _sort(tensors: Shapes, num_hidden_layers: int) -> dict[tuple[str, str], _Fou
     kinds: dict[tuple[str, str], _Found] = {}
     for name, shape in tensors.items():
         match = _MATRIX.fullmatch(name) or _WHOLE.fullmatch(name)
-        if match is None or name.startswith("mtp.") or int(match["layer"]) >= num_hidden_layers:
+        if match is None or name.startswith(_BESIDE) or int(match["layer"]) >= num_hidden_layers:
             continue
         found, layer = kinds.setdefault((match["layers"], match["block"]), _Found()), int(match["layer"])
         kind = match.groupdict().get("projection") or match["kind"]
