@@ -16,7 +16,9 @@ from .saliency import ExpertStatistics
 # The share of what is lacking that each expert is asked for; several experts see the same token.
 _SHARE = 0.25
 # How many times what a regression on noise would explain counts as chance.
-_CHANCE = 2.0
+_CHANCE = 1.25
+# The most that an expert gives of what is lacking, of the square of what it gives itself; a hundredth is usual.
+_MOST = 0.1
 # Relative to the diagonal: keeps a down projection near its own weights where tokens are few or inputs alike.
 _RIDGE = 0.1
 
@@ -54,7 +56,7 @@ class OutputCorrection:
         down = self._experts.down[expert].float()
         moment = torch.zeros_like(statistics.intermediate)
         lost, lacking = _Wanted(torch.zeros_like(down)), _Wanted(torch.zeros_like(down))
-        count, produced, both = 0, 0.0, 0.0
+        count, produced = 0, 0.0
         self._lost[expert] = []
         for tokens, weights, rows in self._routed.parts(expert):
             before = self._experts.intermediate(expert, rows).float()
@@ -67,7 +69,6 @@ class OutputCorrection:
             lost.add(wanted, read)
             lacking.add(part, read)
             count += len(tokens)
-            both += float((wanted * part).sum())
             produced += float(((before * w) @ down.T).square().sum())
         own, share = moment, len(moment) / (len(moment) + count)
         moment = (1 - share) * own + share * statistics.intermediate
@@ -75,11 +76,9 @@ class OutputCorrection:
         # Above zero for an expert whose weights are all zero.
         least = (1e-3 * diagonal.mean()).clamp(min=1e-20)
         ridge = moment + torch.diag(_RIDGE * diagonal + least)
-        back = torch.linalg.solve(ridge, lacking.cross.T).T
-        trust = lacking.trust(back, own, count)
-        change = torch.linalg.solve(ridge, lost.cross.T).T + trust * back
-        asked = lost.energy + 2 * trust * both + trust**2 * lacking.energy
-        return down + _bounded(change, own, lost.cross + trust * lacking.cross, min(asked, produced)), moment
+        made_up, back = lost.met(ridge, own), lacking.met(ridge, own)
+        trust = lacking.trust(back, own, count) * _shortening(back, own, _MOST * produced)
+        return down + made_up + trust * back, moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
         """Counts the output of the merged expert, after `ask`, in place of the expert's own."""
@@ -104,6 +103,20 @@ class _Wanted:
         self.cross += wanted.T @ read
         self.energy += float(wanted.square().sum())
 
+    def met(self, ridge: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+        """The change by ridge regression, shortened to what helps most where it gives more than is wanted.
+
+        The regression divides by a moment that is mostly not the expert's own where its tokens are few, and can then
+        overshoot by as many times as there are inputs.
+
+        Args:
+            ridge: what to divide by, float32 (intermediate_size, intermediate_size).
+            moment: the sum over the expert's tokens of what the projection reads with itself.
+        """
+        change = torch.linalg.solve(ridge, self.cross.T).T
+        given = _energy(change, moment)
+        return change if given <= self.energy else change * (float((change * self.cross).sum()) / given)
+
     def trust(self, change: torch.Tensor, moment: torch.Tensor, count: int) -> float:
         """How much of a change is more than chance, 0 to 1.
 
@@ -112,10 +125,10 @@ class _Wanted:
 
         Args:
             change: by regression, float32 (hidden_size, intermediate_size); its length does not matter.
-            moment: the sum over the expert's tokens of what the projection reads with itself.
+            moment: as in `met`.
             count: how many tokens these are.
         """
-        given, met = float(((change @ moment) * change).sum()), float((change * self.cross).sum())
+        given, met = _energy(change, moment), float((change * self.cross).sum())
         if given <= 0 or met <= 0:
             return 0.0
         explained = met**2 / given
@@ -123,18 +136,12 @@ class _Wanted:
         return max(0.0, 1 - chance * max(0.0, self.energy - explained) / explained)
 
 
-def _bounded(change: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, most: float) -> torch.Tensor:
-    """A change of a down projection, shortened to what helps most where it gives more than `most`.
+def _energy(change: torch.Tensor, moment: torch.Tensor) -> float:
+    """The squared norm, over tokens with this moment, of what a change of a down projection gives."""
+    return float(((change @ moment) * change).sum())
 
-    The regression divides by a moment that is mostly not the expert's own where its tokens are few, and can then
-    overshoot by as many times as there are inputs.
 
-    Args:
-        change: float32 (hidden_size, intermediate_size).
-        moment, cross: sums over the expert's own tokens of what it reads with itself and with what is wanted.
-        most: the lesser squared norm of what is wanted, and of what the expert gives, over the same tokens.
-    """
-    given = float(((change @ moment) * change).sum())
-    if given <= most:
-        return change
-    return change * min(float((change * cross).sum()) / given, math.sqrt(most / given))
+def _shortening(change: torch.Tensor, moment: torch.Tensor, most: float) -> float:
+    """What a change is to be multiplied by to give a squared norm of `most` at most."""
+    given = _energy(change, moment)
+    return 1.0 if given <= most else math.sqrt(most / given)
