@@ -59,8 +59,8 @@ _SPARSE = "no sparse attention"
 _CUDA = "needs kernels for GPUs"
 
 
-def _tested(model: str) -> Status:
-    return Status("tested", model, cpu=_AGREES)
+def _tested(model: str, cpu: str = _AGREES) -> Status:
+    return Status("tested", model, cpu=cpu)
 
 
 def _converts(model: str, cpu: str = "") -> Status:
@@ -98,7 +98,7 @@ STATUSES: dict[str, Status] = {
     "BailingMoeV3VLForConditionalGeneration": _refused(_CLAMPED, _RECURRENT),
     "BgeM3EmbeddingModel": _DENSE,
     "ClefOmniForJointSchema": _NOT_TEXT,
-    "Cohere2MoeForCausalLM": _converts("cohere2_moe", _AGREES),
+    "Cohere2MoeForCausalLM": _tested("cohere2_moe", _AGREES),
     "ColBERTJinaRobertaModel": _DENSE,
     "ColQwen3_5": _NOT_TEXT,
     "Cosmos3EdgeForConditionalGeneration": _refused(_NO_GATE, _RECURRENT),
@@ -116,14 +116,14 @@ STATUSES: dict[str, Status] = {
     "EmbeddingGemma2Model": _DENSE,
     "Ernie4_5_MoeForCausalLM": _tested("ernie4_5_moe"),
     "Ernie4_5_VLMoeForConditionalGeneration": _refused(_TWO_SIZES),
-    "ExaoneMoeForCausalLM": _converts("exaone_moe", _AGREES),
+    "ExaoneMoeForCausalLM": _tested("exaone_moe", _AGREES),
     "ExaoneMoEForCausalLM": _not_yet(),
     "FlexOlmoForCausalLM": _converts("flex_olmo", _AGREES),
     "Gemma4ForCausalLM": _converts("gemma4_text", _AGREES),
     "Gemma4ForConditionalGeneration": _not_yet(_AGREES),
     "Gemma4UnifiedForConditionalGeneration": _not_yet(),
     "Glm4MoeForCausalLM": _tested("glm4_moe"),
-    "Glm4MoeLiteForCausalLM": _converts("glm4_moe_lite", f"{_AGREES}¹"),
+    "Glm4MoeLiteForCausalLM": _tested("glm4_moe_lite", f"{_AGREES}¹"),
     "Glm4vForConditionalGeneration": _DENSE,
     "Glm4vMoeForConditionalGeneration": _converts("glm4v_moe", _AGREES),
     "Glm5NextForCausalLM": _refused(_CLAMPED, _RECURRENT),
@@ -134,12 +134,12 @@ STATUSES: dict[str, Status] = {
     "GraniteMoeForCausalLM": _tested("granitemoe"),
     "GraniteMoeHybridForCausalLM": _tested("granitemoehybrid"),
     "GraniteMoeSharedForCausalLM": _converts("granitemoeshared", _AGREES),
-    "GraniteMoeSWAForCausalLM": _converts("granitemoe_swa", _AGREES),
+    "GraniteMoeSWAForCausalLM": _tested("granitemoe_swa", _AGREES),
     "GteModel": _DENSE,
     "GteNewForSequenceClassification": _DENSE,
     "GteNewModel": _DENSE,
     "HfMoondream": _BESIDE,
-    "HunYuanMoEV1ForCausalLM": _converts("hunyuan_v1_moe", _AGREES),
+    "HunYuanMoEV1ForCausalLM": _tested("hunyuan_v1_moe", _AGREES),
     "HYV3ForCausalLM": _converts("hy_v3", _AGREES),
     "HYV4ForCausalLM": _refused(_CLAMPED, _CUDA),
     "InklingForCausalLM": _not_yet(_CUDA),
@@ -157,12 +157,12 @@ STATUSES: dict[str, Status] = {
     "KimiLinearForCausalLM": _converts("kimi_linear", _RECURRENT),
     "KimiVLForConditionalGeneration": _not_yet(),
     "LagunaForCausalLM": _converts("laguna", "its router fails⁴"),
-    "Lfm2MoeForCausalLM": _converts("lfm2_moe", f"{_AGREES}¹"),
+    "Lfm2MoeForCausalLM": _tested("lfm2_moe", f"{_AGREES}¹"),
     "Llama4ForCausalLM": _tested("llama4_text"),
     "Llama4ForConditionalGeneration": _converts("llama4", _AGREES),
     "LongcatFlashForCausalLM": _refused(_ZERO),
     "LongcatFlashNgramForCausalLM": _refused(_ZERO),
-    "MellumForCausalLM": _converts("mellum", _AGREES),
+    "MellumForCausalLM": _tested("mellum", _AGREES),
     "MiMoV2FlashForCausalLM": _converts("mimo_v2_flash", _AGREES),
     "MiMoV2ForCausalLM": _not_yet(),
     "MiMoV2OmniForCausalLM": _not_yet(),
