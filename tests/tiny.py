@@ -181,7 +181,9 @@ UNDECLARED: dict[str, dict[str, Any]] = {
         "enable_moe_block": True,
         "top_k_experts": TOP_K,
         "hidden_size_per_layer_input": 0,
-        "global_head_dim": 32,
+        # The layers that see everything have larger heads.
+        "global_head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     },
     "glm4_moe_lite": {**_DEEPSEEK, "q_lora_rank": 28, "head_dim": 32, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "glm_moe_dsa": {**_DEEPSEEK, "q_lora_rank": 28},

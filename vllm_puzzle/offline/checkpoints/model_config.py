@@ -72,7 +72,10 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         section = getattr(config, name, None)
         if isinstance(section, dict):
             return text_config(PretrainedConfig.from_dict(section))
-    return config.get_text_config()
+    text = config.get_text_config()
+    # Gemma 4's layers have heads of two sizes: where one number is asked for, that of most layers is meant.
+    text.allow_global_per_layer_attribute_access = True
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:
