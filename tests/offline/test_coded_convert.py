@@ -151,11 +151,11 @@ def test_weights_too_large_to_be_weighed_are_named(
     edit_tensors(source, lambda tensors: tensors[name].mul_(2.0**20))
     seen = ["--calibration", str(text), "--calibration-sequences", "1"]
     convert(source, tmp_path / "packed", "--bits", "2", "--even", *seen)
-    edit_tensors(source, lambda tensors: tensors[name].mul_(2.0**100))
-    capsys.readouterr()
+    edit_tensors(source, lambda tensors: tensors[name].mul_(2.0**60))
     for options in ([], ["--even", *seen]):
+        capsys.readouterr()
         assert main(["convert", str(source), str(tmp_path / "huge"), "--bits", "2", *options]) == 1
-        assert "experts.5.w2.weight" in capsys.readouterr().err or not options
+        assert f"{name} has magnitudes up to" in capsys.readouterr().err
         assert not (tmp_path / "huge").exists()
 
 

@@ -1,7 +1,10 @@
 """Coding the experts of one layer, one after the other."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from vllm_puzzle.format import FormatError, LayerCodes, check_codable
 
@@ -54,9 +57,9 @@ def code_layer(
     for expert in range(codes.num_experts):
         experts.put(expert, read(expert))
         check_codable(experts.matrices(expert), names[expert])
+        _check_weighable(experts.matrices(expert), names[expert])
         saliency = measure_saliency(experts, expert, routed, full=routed is not None)
         coded = code_expert(experts, expert, (codes.w13_bits[expert], codes.w2_bits[expert]), saliency, correction)
-        _check_coded(coded, experts, expert, names[expert])
         for matrix, source in zip(coded.matrices(), experts.matrices(expert), strict=True):
             statistics.squared_error += squared(matrix.float() - source.float())
             statistics.squared_weight += squared(source.float())
@@ -66,11 +69,9 @@ def code_layer(
     return statistics
 
 
-def _check_coded(coded: CodedExpert, experts: ExpertWeights, expert: int, names: Sequence[str]) -> None:
-    """Raises FormatError where finite weights became numbers that are not, since their squares are none."""
-    if all(each.codebook.isfinite().all() and each.scales.isfinite().all() for each in (coded.w13, coded.w2)):
-        return
-    largest, name = max(
-        (float(matrix.abs().max()), name) for matrix, name in zip(experts.matrices(expert), names, strict=True)
-    )
-    raise FormatError(f"{name} has magnitudes up to {largest:g}, whose squares overflow float32; repair the tensor")
+def _check_weighable(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    """Raises FormatError for a matrix whose errors could not be summed up."""
+    for matrix, name in zip(matrices, names, strict=True):
+        if not math.isfinite(squared(matrix.float())):
+            largest = float(matrix.abs().max())
+            raise FormatError(f"{name} has magnitudes up to {largest:g}, whose squares overflow float32; repair it")
