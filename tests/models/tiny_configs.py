@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from tests.tiny import HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K
+from tests.tiny import FAMILIES, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K
 
 _QWEN: dict[str, Any] = {
     "moe_intermediate_size": INTERMEDIATE_SIZE,
@@ -281,6 +281,15 @@ TEXT: dict[str, dict[str, Any]] = {
     },
 }
 
+# A tower that sees, as most transformers of images call its sizes.
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 _VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
@@ -333,17 +342,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
         **_QWEN_TOKENS,
     },
     "llama4": {
-        "text_config": {
-            "intermediate_size": INTERMEDIATE_SIZE,
-            "intermediate_size_mlp": 64,
-            "num_local_experts": NUM_EXPERTS,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 2,
-            "num_hidden_layers": 4,
-            "head_dim": 32,
-            "no_rope_layers": [1, 0, 1, 0],
-            "attention_chunk_size": 128,
-        },
+        "text_config": FAMILIES["llama4_text"],
         "vision_config": {
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -370,12 +369,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
         },
         "vision_config": {
             "model_type": "idefics3_vision",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
+            **_TOWER,
         },
         "projector_patch_to_query_dict": {"16": 4},
         "image_token_index": 252,
@@ -444,14 +438,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
             "index_n_heads": 1,
             "index_head_dim": 32,
         },
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        "vision_config": _TOWER,
         "image_token_index": 250,
         "video_token_index": 251,
         "projector_hidden_size": 96,
@@ -468,14 +455,7 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
             "layer_types": ["full_attention"] * 3,
             "moe_router_scaling_factor": 1.7,
         },
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        "vision_config": _TOWER,
         "image_token_id": 250,
     },
     "mistral3": {

@@ -6,6 +6,7 @@ program does not see stays empty.
 
 import ast
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -106,7 +107,14 @@ def _ends_in_experts(sources: Sources) -> bool:
 def _read(architecture: str) -> Sources:
     sources = Sources(*registered()[architecture])
     # The class itself comes first, so that what it renames counts before what its parts do.
-    waiting, seen = deque([(sources.module, sources.class_name)]), set()
+    for module, definition in _follow((sources.module, sources.class_name), lambda each: used_by(each).names):
+        _add(sources, module, definition, used_by(definition))
+    return sources
+
+
+def _follow(start: tuple[str, str], further: Callable[[Definition], Iterable[str]]) -> Iterator[tuple[str, Definition]]:
+    """Every definition behind a (module, name) and, in turn, behind the names that `further` takes from it."""
+    waiting, seen = deque([start]), set()
     while waiting:
         where = waiting.popleft()
         home = parsed(where[0]) if where not in seen else None
@@ -115,10 +123,8 @@ def _read(architecture: str) -> Sources:
             continue
         waiting.extend(home.imports.get(where[1], ()))
         for definition in home.definitions.get(where[1], ()):
-            used = used_by(definition)
-            waiting.extend((home.name, name) for name in used.names)
-            _add(sources, home.name, definition, used)
-    return sources
+            waiting.extend((home.name, name) for name in further(definition))
+            yield home.name, definition
 
 
 def _add(sources: Sources, module: str, definition: Definition, used: Used) -> None:
@@ -164,20 +170,15 @@ def _add_names(sources: Sources, parts: list[ast.expr | None]) -> None:
 @cache
 def _builds_itself(module: str, name: str) -> bool:
     """Whether a class, or one that it inherits, calls the factory."""
-    waiting, seen = [(module, name)], set()
-    while waiting:
-        where = waiting.pop()
-        home = parsed(where[0]) if where not in seen else None
-        seen.add(where)
-        if home is None:
-            continue
-        waiting.extend(home.imports.get(where[1], ()))
-        for definition in home.definitions.get(where[1], ()):
-            if isinstance(definition, ast.ClassDef):
-                if any(last_name(call.func) == _FACTORY for call in used_by(definition).calls):
-                    return True
-                waiting.extend((home.name, last_name(base)) for base in definition.bases)
-    return False
+
+    def bases(definition: Definition) -> list[str]:
+        return [last_name(base) for base in definition.bases] if isinstance(definition, ast.ClassDef) else []
+
+    return any(
+        isinstance(definition, ast.ClassDef)
+        and any(last_name(call.func) == _FACTORY for call in used_by(definition).calls)
+        for _, definition in _follow((module, name), bases)
+    )
 
 
 def _architectures(call: ast.Call, definition: Definition) -> list[str]:

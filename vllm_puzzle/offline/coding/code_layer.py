@@ -57,21 +57,23 @@ def code_layer(
     for expert in range(codes.num_experts):
         experts.put(expert, read(expert))
         check_codable(experts.matrices(expert), names[expert])
-        _check_weighable(experts.matrices(expert), names[expert])
+        for weight in _weigh(experts.matrices(expert), names[expert]):
+            statistics.squared_weight += weight
         saliency = measure_saliency(experts, expert, routed, full=routed is not None)
         coded = code_expert(experts, expert, (codes.w13_bits[expert], codes.w2_bits[expert]), saliency, correction)
         for matrix, source in zip(coded.matrices(), experts.matrices(expert), strict=True):
             statistics.squared_error += squared(matrix.float() - source.float())
-            statistics.squared_weight += squared(source.float())
             statistics.weights += source.numel()
         emit(expert, coded)
         experts.drop(expert)
     return statistics
 
 
-def _check_weighable(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> None:
-    """Raises FormatError for a matrix whose errors could not be summed up."""
-    for matrix, name in zip(matrices, names, strict=True):
-        if not math.isfinite(squared(matrix.float())):
+def _weigh(matrices: Sequence[torch.Tensor], names: Sequence[str]) -> list[float]:
+    """The sums of squares; raises FormatError for a matrix whose errors could not be summed up."""
+    weights = [squared(matrix.float()) for matrix in matrices]
+    for matrix, name, weight in zip(matrices, names, weights, strict=True):
+        if not math.isfinite(weight):
             largest = float(matrix.abs().max())
             raise FormatError(f"{name} has magnitudes up to {largest:g}, whose squares overflow float32; repair it")
+    return weights

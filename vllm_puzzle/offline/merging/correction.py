@@ -77,7 +77,9 @@ class OutputCorrection:
         least = (1e-3 * diagonal.mean()).clamp(min=1e-20)
         ridge = moment + torch.diag(_RIDGE * diagonal + least)
         made_up, back = lost.met(ridge, own), lacking.met(ridge, own)
-        trust = lacking.trust(back, own, count) * _shortening(back, own, _MOST * produced)
+        given, most = _energy(back, own), _MOST * produced
+        shortening = 1.0 if given <= most else math.sqrt(most / given)
+        trust = lacking.trust(back, given, count) * shortening
         return down + made_up + trust * back, moment
 
     def settle(self, expert: int, merged: ExpertWeights, member: int) -> None:
@@ -117,7 +119,7 @@ class _Wanted:
         given = _energy(change, moment)
         return change if given <= self.energy else change * (float((change * self.cross).sum()) / given)
 
-    def trust(self, change: torch.Tensor, moment: torch.Tensor, count: int) -> float:
+    def trust(self, change: torch.Tensor, given: float, count: int) -> float:
         """How much of a change is more than chance, 0 to 1.
 
         Regression on d inputs explains about d / (d + n) of what n tokens want even where that has nothing to do with
@@ -125,23 +127,18 @@ class _Wanted:
 
         Args:
             change: by regression, float32 (hidden_size, intermediate_size); its length does not matter.
-            moment: as in `met`.
+            given: its `_energy`.
             count: how many tokens these are.
         """
-        given, met = _energy(change, moment), float((change * self.cross).sum())
+        met = float((change * self.cross).sum())
         if given <= 0 or met <= 0:
             return 0.0
         explained = met**2 / given
-        chance = _CHANCE * len(moment) / (len(moment) + count)
+        inputs = self.cross.shape[1]
+        chance = _CHANCE * inputs / (inputs + count)
         return max(0.0, 1 - chance * max(0.0, self.energy - explained) / explained)
 
 
 def _energy(change: torch.Tensor, moment: torch.Tensor) -> float:
     """The squared norm, over tokens with this moment, of what a change of a down projection gives."""
     return float(((change @ moment) * change).sum())
-
-
-def _shortening(change: torch.Tensor, moment: torch.Tensor, most: float) -> float:
-    """What a change is to be multiplied by to give a squared norm of `most` at most."""
-    given = _energy(change, moment)
-    return 1.0 if given <= most else math.sqrt(most / given)
